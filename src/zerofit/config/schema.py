@@ -1,0 +1,208 @@
+"""The whole configuration of a run: wishes, frozen. What becomes of them stands in the plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .models import ModelConfig, Section
+
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Offload = Literal["none", "cpu", "nvme"]
+Precision = Literal["fp32", "bf16", "fp16"]
+Positive = Annotated[int, Field(ge=1)]
+Interval = Positive | Literal["never"]
+
+
+class DataConfig(Section):
+    """Tokens on disk, and how to make them when they are not there."""
+
+    kind: Literal["tokens"] = "tokens"
+    path: Path
+    """Folder with ``train.bin``, ``val.bin`` and ``meta.json`` (or nanoGPT's files)."""
+    prepare: tuple[str, ...] = ()
+    """What to prepare when ``path`` holds no tokens: ``shakespeare``, or text files (.txt, .jsonl)."""
+    tokenizer: Literal["char", "gpt2"] = "char"
+    """For ``prepare``: characters of the text, or GPT-2's byte-pair encoding."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """For ``prepare``: share of the text, at its end, kept for validation."""
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
+    """Peak learning rate."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of the squared gradient's running mean."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Decoupled decay, on matrices and embeddings only (tensors of two and more dimensions)."""
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest L2 norm of the whole gradient; 0 turns clipping off."""
+    cpu_kernel: Literal["torch", "deepspeed"] = "torch"
+    """With the optimizer offloaded: torch's fused AdamW (nothing to compile) or DeepSpeedCPUAdam (compiled once)."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate as a pure function of the step."""
+
+    kind: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: Positive | None = None
+    """Step at which the minimum is reached; unset means ``max_steps``. Constant from there on."""
+    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate after the decay."""
+
+
+class LossScaleConfig(Section):
+    """Dynamic loss scale of fp16 (Micikevicius et al. 2018)."""
+
+    initial_power: Annotated[int, Field(ge=0, le=32)] = 16
+    """The scale starts at two to this power."""
+    window: Positive = 1000
+    """Steps without overflow after which the scale doubles."""
+    hysteresis: Positive = 2
+    """Overflows that are forgiven before the scale halves."""
+    min_scale: Annotated[float, Field(gt=0)] = 1.0
+    """The scale never falls below this."""
+
+
+class ZeroConfig(Section):
+    """What a DeepSpeed JSON tunes by hand. Unset values are decided by the plan."""
+
+    overlap_comm: bool | None = None
+    """Reduce gradients while the backward pass goes on; costs a second bucket."""
+    reduce_bucket_elements: Positive | None = None
+    """Elements (not bytes) of a gradient bucket."""
+    prefetch_bucket_elements: Positive | None = None
+    """ZeRO-3: elements gathered ahead of their use."""
+    persistence_threshold_elements: Annotated[int, Field(ge=0)] | None = None
+    """ZeRO-3: parameters below this size are not partitioned."""
+    max_live_elements: Positive | None = None
+    """ZeRO-3: gathered elements alive at most."""
+    max_reuse_distance_elements: Annotated[int, Field(ge=0)] | None = None
+    """ZeRO-3: keep a parameter gathered when it is used again within this many elements."""
+    sub_group_elements: Positive | None = None
+    """ZeRO-3: elements that the optimizer steps at a time."""
+    pin_memory: bool | None = None
+    """Page-locked host memory for what is offloaded: faster transfers, cannot be swapped."""
+
+
+class Config(Section):
+    """One run."""
+
+    name: str | None = None
+    """Name of the run folder; unset takes the preset's or the file's name."""
+    runs_dir: Path = Path("runs")
+    """Folder of run folders."""
+    seed: int = 1337
+    """Everything random is a function of this: weights, sample order, dropout."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    zero: ZeroConfig = ZeroConfig()
+
+    max_steps: Positive = 1000
+    """Optimizer steps."""
+    global_batch: Positive | None = None
+    """Samples of one optimizer step over all ranks: ``micro_batch * accumulation_steps * world_size``."""
+    micro_batch: Positive | None = None
+    """Samples of one forward pass on one rank."""
+    accumulation_steps: Positive | None = None
+    """Forward and backward passes of one rank before an optimizer step."""
+
+    strategy: Strategy | Literal["auto"] = "auto"
+    """How states are spread over ranks; ``auto``: the least sharding that fits."""
+    offload: Offload = "none"
+    """Where the optimizer's states live."""
+    offload_parameters: Offload = "none"
+    """ZeRO-3 only: where idle parameters live."""
+    nvme_path: Path | None = None
+    """Folder on a local NVMe drive, for ``nvme`` offload."""
+    num_gpus: Positive | None = None
+    """Processes on this machine; unset means every visible GPU, or one process without a GPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """``auto``: the GPU when there is one."""
+    precision: Precision | Literal["auto"] = "auto"
+    """``auto``: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
+    gradient_dtype: Literal["compute", "fp32"] = "compute"
+    """Type in which gradients are accumulated and reduced: that of the compute copy, or fp32."""
+    activation_checkpointing: Literal["none", "full"] | Positive = "none"
+    """Blocks whose activations are recomputed: none, all (``full``), or every n-th block (a number)."""
+    compile: bool = False
+    """``torch.compile`` each block."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's mode."""
+    deterministic: bool = False
+    """Deterministic GPU kernels, so that a repeated run is bit for bit the same; slower."""
+
+    eval_interval: Interval = 250
+    """Steps between evaluations, or ``never``. The last step is evaluated too unless ``never``."""
+    eval_batches: Positive = 20
+    """Global batches of each split in an evaluation."""
+    log_interval: Positive = 10
+    """Steps between lines on a terminal that is not live; every step is in ``events.jsonl``."""
+    save_interval: Interval | Literal["epoch", "evaluation"] = "evaluation"
+    """Steps between checkpoints, ``epoch``, every ``evaluation``, or ``never``. The last step is saved unless ``never``."""
+    save_on_improvement: bool = True
+    """Save and point ``best`` to it when the validation loss improves."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints to keep, beside ``best`` and ``final``."""
+    sample_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of text to generate and print when training ends; 0 for none."""
+    sample_prompt: str = "\n"
+    """Start of that text."""
+    collective_timeout_seconds: Positive = 600
+    """A collective that takes longer means that a rank is gone."""
+
+    @model_validator(mode="after")
+    def _legal_combination(self) -> Config:
+        _check_offload(self)
+        _check_precision(self)
+        return self
+
+
+def _check_offload(config: Config) -> None:
+    """The offload that a strategy has; the nearest legal choice is named."""
+    strategy = config.strategy
+    if strategy in ("single", "ddp") and config.offload != "none":
+        raise ValueError(
+            f"strategy {strategy} with offload {config.offload}: only ZeRO moves optimizer states off the GPU; "
+            f"use strategy zero2 (it also runs on one GPU) or offload none"
+        )
+    if config.offload == "nvme" and strategy != "zero3":
+        raise ValueError(
+            f"strategy {strategy} with offload nvme: DeepSpeed swaps to NVMe under ZeRO-3 only (under ZeRO-1 and 2 "
+            f"the setting silently does nothing); use strategy zero3, or offload cpu"
+        )
+    if config.offload_parameters != "none" and strategy != "zero3":
+        raise ValueError(
+            f"strategy {strategy} with offload_parameters {config.offload_parameters}: only ZeRO-3 partitions "
+            f"parameters; use strategy zero3, or offload_parameters none"
+        )
+    if config.offload_parameters != "none" and config.offload == "none":
+        raise ValueError(
+            f"offload_parameters {config.offload_parameters} with offload none: parameters leave the GPU only after "
+            f"the optimizer states have; set offload {config.offload_parameters} too"
+        )
+    if "nvme" in (config.offload, config.offload_parameters) and config.nvme_path is None:
+        raise ValueError("offload nvme needs a folder on a local NVMe drive: set nvme_path")
+
+
+def _check_precision(config: Config) -> None:
+    if config.gradient_dtype == "fp32" and config.strategy == "zero3" and config.precision == "fp16":
+        raise ValueError(
+            "strategy zero3 with precision fp16 and gradient_dtype fp32: DeepSpeed's ZeRO-3 keeps fp16 gradients; "
+            "use precision bf16, or gradient_dtype compute"
+        )

@@ -1,0 +1,146 @@
+"""What all engines share: building the model, opening and closing a step, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..models.base import ModelSpec
+from ..planning.plan import Plan
+from ..types import WISHES, Batch, LossSum, PendingStep, StepResult, World
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Lets constructors allocate, and skips the random numbers that `load` would overwrite."""
+
+    _FILLS = (Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._FILLS:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, modules are built on `device` in `dtype`, uninitialised."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device, _NoInitialisation():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def build_model(plan: Plan, spec: ModelSpec[Any], device: torch.device) -> nn.Module:
+    """The model in its compute dtype on `device`, uninitialised, its units compiled when the plan says so."""
+    with construction(device, DTYPES[plan.precision]):
+        model = spec.build(plan.model, checkpoint_every=plan.activation_checkpointing_every)
+    compile_units(plan, spec, model)
+    return model
+
+
+def compile_units(plan: Plan, spec: ModelSpec[Any], model: nn.Module) -> None:
+    """``torch.compile`` each unit in place (names of parameters stay)."""
+    if plan.compile:
+        for unit in spec.compiled_units(model):
+            unit.compile(mode=None if plan.compile_mode == "default" else plan.compile_mode, dynamic=False)
+
+
+def seed_step(plan: Plan, step: int, rank: int) -> None:
+    """Make everything random in a step (dropout) a function of (seed, step, rank): nothing to save, exact resume."""
+    mixed = (plan.seed * 1_000_003 + step) * 1_000_003 + rank
+    torch.manual_seed(mixed % (1 << 63))
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch's inputs on `device`; asynchronous from pinned memory."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
+
+
+def open_step(window: Sequence[Batch], wishes: int, world: World) -> Tensor:
+    """Agree on the window: all-reduce ``[weight, stop, disk_full, save]``, int64, on the device. Collective."""
+    weight = sum(batch.weight for batch in window)
+    agreed = torch.tensor([weight, *(int(bool(wishes & bit)) for bit in WISHES)], dtype=torch.int64)
+    agreed = agreed.to(world.device, non_blocking=True)
+    if world.world_size > 1:
+        dist.all_reduce(agreed)
+    return agreed
+
+
+def loss_factor(agreed: Tensor, world: World) -> Tensor:
+    """``world_size / weight``, fp32: what a rank's loss sum is multiplied with before the backward pass, so that
+    the average of gradients over ranks is the gradient of the mean over all valid items."""
+    return world.world_size / agreed[0].clamp(min=1).float()
+
+
+def close_step(
+    agreed: Tensor, loss_sum: Tensor, grad_norm: Tensor, skipped: Tensor, loss_scale: Tensor, world: World
+) -> PendingStep:
+    """Add up the ranks' losses and start copying the step's figures to the host. Collective; does not wait.
+
+    Args:
+        agreed: from `open_step`.
+        loss_sum: this rank's loss sum over the window.
+        grad_norm, skipped, loss_scale: scalars on the device, equal on all ranks.
+    """
+    total = loss_sum.detach().double()
+    if world.world_size > 1:
+        dist.all_reduce(total)
+    figures = torch.stack([total, *agreed.double(), grad_norm.double(), skipped.double(), loss_scale.double()])
+    host, ready = figures, None
+    if figures.is_cuda:
+        host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+        host.copy_(figures, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+
+    def finish() -> StepResult:
+        if ready is not None:
+            ready.synchronize()
+        loss, weight, *wished, norm, was_skipped, scale = host.tolist()
+        return StepResult(
+            loss=loss / max(weight, 1),
+            grad_norm=norm,
+            weight=int(weight),
+            wishes=sum(bit for bit, count in zip(WISHES, wished, strict=True) if count),
+            skipped=bool(was_skipped),
+            loss_scale=scale,
+        )
+
+    return PendingStep(finish)
+
+
+@torch.no_grad()
+def evaluate_window(model: nn.Module, window: Sequence[Batch], world: World) -> Mapping[str, LossSum]:
+    """Loss sums over the window and all ranks. Collective. Leaves the model in training mode."""
+    sums: dict[str, Tensor] = {}
+    model.eval()
+    for batch in window:
+        for name, value in model(**to_device(batch, world.device)).items():
+            sums[name] = sums[name] + value.double() if name in sums else value.double()
+    model.train()
+    weight = torch.tensor(float(sum(batch.weight for batch in window)), dtype=torch.float64, device=world.device)
+    figures = torch.stack([weight, *sums.values()])
+    if world.world_size > 1:
+        dist.all_reduce(figures)
+    weight_total, *totals = figures.tolist()
+    return {name: LossSum(total, int(weight_total)) for name, total in zip(sums, totals, strict=True)}
+
+
+@torch.no_grad()
+def predict(model: nn.Module, batch: Batch, world: World) -> Tensor:
+    """The model's output without targets, in evaluation mode. Leaves the model in training mode."""
+    model.eval()
+    output: Tensor = model(**to_device(batch, world.device))
+    model.train()
+    return output

@@ -1,0 +1,146 @@
+"""Single and data-parallel training with PyTorch alone.
+
+DDP reduces gradients in the compute dtype, overlapped with the backward pass; masters and moments are whole on every
+rank (`adamw`). ``gradient_dtype: fp32`` accumulates and reduces in fp32 instead, after the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import TrainingFailed
+from ..models.base import ModelSpec, named_unique_parameters
+from ..planning.plan import Plan
+from ..types import Batch, Fragment, LossSum, PendingStep, Reader, Scalars, World
+from . import common
+from .adamw import FlatAdamW
+from .loss_scale import LossScaler
+
+
+class DDPEngine:
+    """See `engines.base.Engine`. With a world of one it is the strategy ``single``: no process group is used."""
+
+    def __init__(self, plan: Plan, spec: ModelSpec[Any], world: World) -> None:
+        self.plan, self.world = plan, world
+        self.model = common.build_model(plan, spec, world.device)
+        self.parameters = named_unique_parameters(self.model)
+        self.fp32_gradients = self._accumulate_in_fp32() if plan.mixed and plan.gradient_dtype == "fp32" else None
+        self.optimizer = FlatAdamW(
+            self.parameters, lambda name: spec.decays(plan.model, name), plan.optimizer, self._gradient_of
+        )
+        # After the optimizer: in fp32 it moves the parameters into its flat master.
+        self.replica: nn.Module = self.model
+        if world.world_size > 1 and self.fp32_gradients is None:
+            device_ids = [world.device.index] if world.device.type == "cuda" else None
+            self.replica = DistributedDataParallel(
+                self.model, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False
+            )
+        self.scaler = LossScaler(plan.loss_scale, plan.precision == "fp16", world.device)
+
+    def train_step(self, window: Sequence[Batch], lr: float, step: int, wishes: int = 0) -> PendingStep:
+        common.seed_step(self.plan, step, self.world.rank)
+        agreed = common.open_step(window, wishes, self.world)
+        factor = common.loss_factor(agreed, self.world)
+        loss_sum = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(window):
+            with self._communication(last=index == len(window) - 1):
+                loss = self.replica(**common.to_device(batch, self.world.device))["loss"]
+                (loss * (factor * self.scaler.scale).float()).backward()
+            loss_sum += loss.detach()
+        grad_norm, skipped, scale = self._apply(lr)
+        return common.close_step(agreed, loss_sum, grad_norm, skipped, scale, self.world)
+
+    def _communication(self, last: bool) -> Any:
+        """Gradients are reduced in the last backward pass of a window only."""
+        if isinstance(self.replica, DistributedDataParallel) and not last:
+            return self.replica.no_sync()
+        return nullcontext()
+
+    def _apply(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Clip and step. Returns the unscaled norm, whether the step was skipped, and the scale it ran under."""
+        if self.fp32_gradients is not None and self.world.world_size > 1:
+            dist.all_reduce(self.fp32_gradients)
+            self.fp32_gradients /= self.world.world_size
+        scale = self.scaler.scale.clone()
+        grad_norm = self.optimizer.gradient_norm() / scale.float()
+        overflow = ~torch.isfinite(grad_norm)
+        clip = self.plan.optimizer.grad_clip
+        divisor = scale.float() * (((grad_norm + 1e-6) / clip).clamp(min=1.0) if clip else 1.0)
+        self.optimizer.step(lr, divisor, overflow.float())
+        self.scaler.update(overflow)
+        if self.fp32_gradients is not None:
+            self.fp32_gradients.zero_()
+        else:
+            self.model.zero_grad(set_to_none=True)
+        return grad_norm, overflow, scale
+
+    def _accumulate_in_fp32(self) -> Tensor:
+        """One flat fp32 gradient; each half-precision gradient is added to it and freed as soon as it is made."""
+        flat = torch.zeros(sum(p.numel() for p in self.parameters.values()), device=self.world.device)
+        self._fp32_views: dict[nn.Parameter, Tensor] = {}
+        offset = 0
+        for parameter in self.parameters.values():
+            self._fp32_views[parameter] = flat[offset : offset + parameter.numel()].view(parameter.shape)
+            offset += parameter.numel()
+
+            def add(p: Tensor, view: Tensor = self._fp32_views[parameter]) -> None:
+                if p.grad is not None:
+                    view.add_(p.grad)
+                    p.grad = None
+
+            parameter.register_post_accumulate_grad_hook(add)
+        return flat
+
+    def _gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
+        return parameter.grad if self.fp32_gradients is None else self._fp32_views[parameter]
+
+    def eval_step(self, window: Sequence[Batch]) -> Mapping[str, LossSum]:
+        return common.evaluate_window(self.model, window, self.world)
+
+    def predict(self, batch: Batch) -> Tensor:
+        return common.predict(self.model, batch, self.world)
+
+    def fragments(self) -> Iterator[Fragment]:
+        return self.optimizer.fragments(self.world.rank, self.world.world_size)
+
+    def scalars(self) -> Scalars:
+        own = {"optimizer_steps": self.optimizer.applied_steps}
+        return {**own, **self.scaler.scalars()} if self.scaler.enabled else own
+
+    def load(self, read: Reader, scalars: Scalars | None = None) -> None:
+        scalars = scalars or {}
+        try:
+            self.optimizer.load(read, scalars.get("optimizer_steps", 0.0))
+        except KeyError as missing:
+            raise TrainingFailed(f"parameter {missing} was asked for and its source does not hold it") from None
+        self.scaler.load(scalars)
+
+    def memory(self) -> Mapping[str, int]:
+        sizes = {role: sum(g.tensors[role].nbytes for g in self.optimizer.groups) for role in ("parameter", "exp_avg")}
+        items = {
+            "parameters": sum(p.nbytes for p in self.parameters.values()),
+            "moments": 2 * sizes["exp_avg"],
+        }
+        if self.plan.mixed:
+            items["master"] = sizes["parameter"]
+        if self.fp32_gradients is not None:
+            items["gradients"] = self.fp32_gradients.nbytes
+        elif isinstance(self.replica, DistributedDataParallel):
+            items["gradients"] = _bucket_bytes(self.replica)
+        return items
+
+    def close(self) -> None:
+        self.replica = self.model
+
+
+def _bucket_bytes(replica: DistributedDataParallel) -> int:
+    """Bytes of DDP's gradient buckets, which live as long as the replica."""
+    sizes = str(replica._get_ddp_logging_data().get("bucket_sizes", ""))
+    return sum(int(size) for size in sizes.split(",") if size.strip())

@@ -1,0 +1,82 @@
+"""The plan: facts that a run is built from. Nothing in it is ``auto``; nobody downstream reads a wish."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from ..config.models import ModelConfig, Section
+from ..config.schema import LossScaleConfig, Offload, Precision, Strategy
+
+
+class OptimizerPlan(Section):
+    """What the engine builds its optimizer from, after partitioning."""
+
+    kind: Literal["adamw"] = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    """0: no clipping."""
+    cpu_kernel: Literal["torch", "deepspeed"] = "torch"
+
+
+class ZeroPlan(Section):
+    """DeepSpeed's knobs, decided. Sizes in elements, as DeepSpeed counts."""
+
+    overlap_comm: bool = True
+    reduce_bucket_elements: int = 50_000_000
+    prefetch_bucket_elements: int = 50_000_000
+    persistence_threshold_elements: int = 100_000
+    max_live_elements: int = 1_000_000_000
+    max_reuse_distance_elements: int = 1_000_000_000
+    sub_group_elements: int = 1_000_000_000
+    pin_memory: bool = True
+
+
+class Plan(Section):
+    """Everything an engine needs to know, and why it was chosen."""
+
+    model: ModelConfig
+    parameters: int
+    """Distinct parameters of the model."""
+    strategy: Strategy
+    offload: Offload = "none"
+    offload_parameters: Offload = "none"
+    nvme_path: Path | None = None
+    device: Literal["cuda", "cpu"]
+    world_size: int
+    micro_batch: int
+    accumulation_steps: int
+    precision: Precision
+    gradient_dtype: Literal["compute", "fp32"] = "compute"
+    activation_checkpointing_every: int = 0
+    """0: none; 1: every block; n: every n-th block."""
+    compile: bool = False
+    compile_mode: str = "default"
+    deterministic: bool = False
+    seed: int = 1337
+    optimizer: OptimizerPlan = OptimizerPlan()
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    zero: ZeroPlan = ZeroPlan()
+    collective_timeout_seconds: int = 600
+    state_bytes: dict[str, int] = {}
+    """Predicted bytes of model states of the busiest rank while idle, by item: `planning.memory.state_bytes`."""
+    reason: str = ""
+    """Why this strategy, in a sentence with numbers."""
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimizer step."""
+        return self.micro_batch * self.accumulation_steps * self.world_size
+
+    @property
+    def mixed(self) -> bool:
+        """True when the compute copy is half precision and the masters are fp32."""
+        return self.precision != "fp32"
+
+    def digest(self) -> str:
+        """Hash of the plan's bytes: every rank must hold the same."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
