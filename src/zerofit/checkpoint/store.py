@@ -69,7 +69,7 @@ class Saved:
                 filled += high - low
         if filled != stop - start:
             raise CheckpointError(
-                f"Checkpoint {self.folder}: {role} of {name} holds {filled} of the {stop - start} elements from {start}. "
+                f"Checkpoint {self.folder}: {role} of {name} has {filled} of {stop - start} elements from {start}. "
                 f"The checkpoint is incomplete; resume from another one."
             )
         return out

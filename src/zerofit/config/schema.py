@@ -154,7 +154,7 @@ class Config(Section):
     log_interval: Positive = 10
     """Steps between lines on a terminal that is not live; every step is in ``events.jsonl``."""
     save_interval: Interval | Literal["epoch", "evaluation"] = "evaluation"
-    """Steps between checkpoints, ``epoch``, every ``evaluation``, or ``never``. The last step is saved unless ``never``."""
+    """Steps between checkpoints, ``epoch``, every ``evaluation``, or ``never``. The last step too."""
     save_on_improvement: bool = True
     """Save and point ``best`` to it when the validation loss improves."""
     keep_checkpoints: Positive = 2

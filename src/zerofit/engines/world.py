@@ -9,17 +9,19 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ..planning.plan import Plan
 from ..types import World
 
 
 @contextmanager
-def open_world(plan: Plan) -> Iterator[World]:
-    """Join the ranks named in the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); leave on exit.
+def open_world(plan: Plan, store: dist.Store | None = None) -> Iterator[World]:
+    """Join the ranks named in the environment (RANK, WORLD_SIZE, LOCAL_RANK); leave on exit. Collective.
 
-    A single process opens no group unless its strategy needs one (ZeRO on one GPU). Collective.
+    Args:
+        plan: device, time limit of collectives.
+        store: the launcher's rendezvous store; None for one process that nobody launched. A single process opens no
+            group unless its strategy needs one (ZeRO on one GPU).
     """
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -32,24 +34,16 @@ def open_world(plan: Plan) -> Iterator[World]:
         torch.use_deterministic_algorithms(True)
     grouped = world_size > 1 or plan.strategy.startswith("zero")
     if grouped:
-        _join(rank, world_size, device, plan.collective_timeout_seconds)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store or dist.HashStore(),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=plan.collective_timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
     try:
         yield World(rank=rank, world_size=world_size, local_rank=local_rank, device=device)
     finally:
         if grouped and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _join(rank: int, world_size: int, device: torch.device, timeout_seconds: int) -> None:
-    timeout = timedelta(seconds=timeout_seconds)
-    if "MASTER_ADDR" not in os.environ:  # one process, started by hand
-        store = TCPStore("127.0.0.1", 0, 1, is_master=True)
-        dist.init_process_group(
-            "gloo" if device.type == "cpu" else "nccl", store=store, rank=0, world_size=1, timeout=timeout
-        )
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port))
-        return
-    if device.type == "cuda":
-        dist.init_process_group("nccl", rank=rank, world_size=world_size, timeout=timeout, device_id=device)
-    else:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)

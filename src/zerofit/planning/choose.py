@@ -84,8 +84,8 @@ def choose(config: Config, hardware: Hardware) -> Choice:
     chosen = (fitting or candidates)[0]
     if not fitting:
         warnings.append(
-            f"{_describe(chosen.plan)} may not fit: about {_gib(chosen.peak_bytes)} at the peak against "
-            f"{_gib(limit)} that one rank may use (a coarse estimate); it is tried because it was asked for."
+            f"{describe(chosen.plan)} may not fit: about {format_bytes(chosen.peak_bytes)} at the peak against "
+            f"{format_bytes(limit)} that one rank may use (a coarse estimate); it is tried because it was asked for."
         )
     plan = chosen.plan.model_copy(update={"reason": _reason(config, chosen, candidates)})
     split = BatchSplit(plan.micro_batch, plan.accumulation_steps, world_size)
@@ -104,7 +104,9 @@ def _first_that_fits(options: Iterator[Candidate]) -> Candidate:
 
 def _device(config: Config, hardware: Hardware) -> str:
     if config.device == "cuda" and not hardware.gpus:
-        raise ConfigError("device cuda: no NVIDIA GPU is visible. Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use device cpu.")
+        raise ConfigError(
+            "device cuda: no NVIDIA GPU is visible. Check nvidia-smi and CUDA_VISIBLE_DEVICES, or use device cpu."
+        )
     if config.device != "auto":
         return config.device
     return "cuda" if hardware.gpus else "cpu"
@@ -119,7 +121,9 @@ def _world_size(config: Config, hardware: Hardware, device: str) -> int:
             f"num_gpus {len(hardware.gpus)}, or device cpu for a slow trial without GPUs."
         )
     if config.strategy == "single" and wanted > 1:
-        raise ConfigError(f"strategy single with num_gpus {wanted}: single is one process. Use strategy ddp, or num_gpus 1.")
+        raise ConfigError(
+            f"strategy single with num_gpus {wanted}: single is one process. Use strategy ddp, or num_gpus 1."
+        )
     if config.compile and hardware.system == "Windows":
         raise ConfigError("compile true: torch.compile needs Triton, which Windows lacks here. Use compile false.")
     return wanted
@@ -177,8 +181,8 @@ def _require_deepspeed(config: Config, hardware: Hardware) -> None:
         )
     if not hardware.has_deepspeed:
         raise MissingDependency(
-            f"strategy {config.strategy}, offload {config.offload}: ZeRO and offload run through DeepSpeed, which is not "
-            f"installed. Run `pip install 'zerofit[deepspeed]'`, or use strategy single or ddp without offload."
+            f"strategy {config.strategy}, offload {config.offload}: ZeRO and offload run through DeepSpeed, which is "
+            f"not installed. Run `pip install 'zerofit[deepspeed]'`, or use strategy single or ddp without offload."
         )
 
 
@@ -235,7 +239,7 @@ def _zero(config: Config, device: str) -> ZeroPlan:
 
 
 def _reason(config: Config, chosen: Candidate, candidates: list[Candidate]) -> str:
-    name, peak, limit = _describe(chosen.plan), _gib(chosen.peak_bytes), _gib(chosen.limit_bytes)
+    name, peak, limit = describe(chosen.plan), format_bytes(chosen.peak_bytes), format_bytes(chosen.limit_bytes)
     if config.strategy != "auto":
         return f"{name} was asked for; it needs about {peak} of the {limit} that one rank may use."
     passed = [c for c in candidates[: candidates.index(chosen)] if not c.fits]
@@ -243,27 +247,27 @@ def _reason(config: Config, chosen: Candidate, candidates: list[Candidate]) -> s
         return f"{name}: the least sharding fits, with about {peak} of the {limit} that one rank may use."
     before = passed[-1]
     return (
-        f"{name} is the least sharding that fits: about {peak} of {limit}; {_describe(before.plan)} would need about "
-        f"{_gib(before.peak_bytes)} even at micro-batch {before.plan.micro_batch}."
+        f"{name} is the least sharding that fits: about {peak} of {limit}; {describe(before.plan)} would need about "
+        f"{format_bytes(before.peak_bytes)} even at micro-batch {before.plan.micro_batch}."
     )
 
 
 def _nothing_fits(candidates: list[Candidate], limit_bytes: int) -> str:
     least = min(candidates, key=lambda c: c.peak_bytes)
-    needs = "; ".join(f"{_describe(c.plan)} {_gib(c.peak_bytes)}" for c in candidates)
+    needs = "; ".join(f"{describe(c.plan)} {format_bytes(c.peak_bytes)}" for c in candidates)
     cheaper = "" if least.plan.activation_checkpointing_every == 1 else "activation_checkpointing full, "
     return (
-        f"No strategy fits: one rank may use {_gib(limit_bytes)}, and the estimated peaks are: {needs} (each at its "
-        f"smallest micro-batch). The nearest is {_describe(least.plan)}. Try {cheaper}a shorter block_size, more GPUs, "
+        f"No strategy fits: one rank may use {format_bytes(limit_bytes)}, and the estimated peaks are: {needs} (each at "
+        f"its smallest micro-batch). The nearest is {describe(least.plan)}. Try {cheaper}a shorter block_size, more GPUs, "
         f"or a smaller model."
     )
 
 
-def _describe(plan: Plan) -> str:
+def describe(plan: Plan) -> str:
     names = {"single": "single", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
     offload = {"none": "", "cpu": " + CPU offload", "nvme": " + NVMe offload"}[plan.offload]
     return names[plan.strategy] + offload
 
 
-def _gib(size_bytes: float) -> str:
+def format_bytes(size_bytes: float) -> str:
     return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB / 10 else f"{size_bytes / 1024**2:.1f} MiB"

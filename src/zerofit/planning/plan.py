@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from ..config.models import ModelConfig, Section
 from ..config.schema import LossScaleConfig, Offload, Precision, Strategy
 
@@ -62,7 +64,7 @@ class Plan(Section):
     loss_scale: LossScaleConfig = LossScaleConfig()
     zero: ZeroPlan = ZeroPlan()
     collective_timeout_seconds: int = 600
-    state_bytes: dict[str, int] = {}
+    state_bytes: dict[str, int] = Field(default_factory=dict)
     """Predicted bytes of model states of the busiest rank while idle, by item: `planning.memory.state_bytes`."""
     reason: str = ""
     """Why this strategy, in a sentence with numbers."""

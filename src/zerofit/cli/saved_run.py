@@ -1,0 +1,31 @@
+"""What the verbs that read a finished run share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ..checkpoint.store import Saved
+
+
+def open_run(run: Path, which: str) -> Saved:
+    """The checkpoint of a run folder, or of a step folder given directly; imports torch.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from ..checkpoint.store import MANIFEST, find_checkpoint, open_checkpoint
+
+    if (run / MANIFEST).is_file():
+        return open_checkpoint(run)
+    if not run.is_dir():
+        raise CheckpointError(f"No run folder {run}. Give a folder under runs/, or a step folder of its checkpoints.")
+    return open_checkpoint(find_checkpoint(run, which))
+
+
+def data_folder(saved: Saved, given: Path | None) -> Path:
+    """The data that the run trained on, unless another folder was given."""
+    return given or Path(str(saved.state["data_path"]))

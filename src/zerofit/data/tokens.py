@@ -1,0 +1,137 @@
+"""Tokens on disk: ``train.bin`` and ``val.bin`` as nanoGPT writes them, and ``meta.json`` that says what they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config.models import GPT2Config
+from ..errors import DataError
+from .order import Indices, epoch_shift, permute
+
+META = "meta.json"
+SPLITS = ("train", "val")
+#: Tokens looked at together when the largest id is searched.
+SCAN_TOKENS = 1 << 24
+
+
+def dtype_for(vocab_size: int) -> np.dtype[Any]:
+    """uint16, or uint32 for a vocabulary that it cannot count."""
+    return np.dtype(np.uint16 if vocab_size <= 65_535 else np.uint32)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """``meta.json`` of a prepared folder; empty for a folder that somebody else's script wrote."""
+    path = folder / META
+    if not path.exists():
+        return {}
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON ({error}). Prepare the data again with `zerofit data prepare`.") from error
+    if meta.get("dtype") not in ("uint16", "uint32"):
+        raise DataError(f"{path}: dtype {meta.get('dtype')!r}; tokens are uint16 or uint32. Prepare the data again.")
+    return meta
+
+
+def open_tokens(folder: Path, split: str) -> NDArray[Any]:
+    """Memory-map a split's tokens. Without ``meta.json`` they are taken as uint16, which is nanoGPT's type.
+
+    Raises:
+        DataError: the file is missing, empty, or no whole number of tokens.
+    """
+    path = folder / f"{split}.bin"
+    if not path.exists():
+        raise DataError(
+            f"No {path}: a folder of tokens holds train.bin and val.bin. Make it with `zerofit data prepare TEXT "
+            f"--out {folder}`, or set data.path."
+        )
+    dtype = np.dtype(read_meta(folder).get("dtype", "uint16"))
+    size = path.stat().st_size
+    if size == 0 or size % dtype.itemsize:
+        raise DataError(
+            f"{path} has {size} bytes, which is {'empty' if size == 0 else f'no whole number of {dtype} tokens'}. "
+            f"Prepare the data again."
+        )
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Tokens in the vocabulary: from ``meta.json``, else from the largest id in the files (said by the caller)."""
+    meta = read_meta(folder)
+    if "vocab_size" in meta:
+        return int(meta["vocab_size"])
+    return 1 + max(largest_token(open_tokens(folder, split)) for split in SPLITS)
+
+
+def largest_token(tokens: NDArray[Any]) -> int:
+    """Largest id, read in pieces."""
+    return max(int(tokens[i : i + SCAN_TOKENS].max()) for i in range(0, len(tokens), SCAN_TOKENS))
+
+
+def check_data(folder: Path, model: GPT2Config) -> None:
+    """Check both splits against the model before anything starts.
+
+    Raises:
+        DataError: a split is missing, shorter than one block, or holds ids beyond the vocabulary.
+    """
+    vocab_size = model.vocab_size
+    assert vocab_size is not None
+    for split in SPLITS:
+        tokens = open_tokens(folder, split)
+        if len(tokens) <= model.block_size:
+            raise DataError(
+                f"{folder / split}.bin has {len(tokens)} tokens, and one block needs {model.block_size} and a target. "
+                f"Use a smaller model.block_size, or more text."
+            )
+        largest = largest_token(tokens)
+        if largest >= vocab_size:
+            raise DataError(
+                f"{folder / split}.bin holds the token {largest}, beyond model.vocab_size {vocab_size}. The data was "
+                f"made with another tokenizer: set model.vocab_size {largest + 1} or more, or prepare it again."
+            )
+
+
+class TokenDataset:
+    """One split, cut into blocks.
+
+    An epoch is a permutation of the non-overlapping blocks; where the first block starts changes with the epoch.
+    """
+
+    def __init__(self, tokens: NDArray[Any], block_size: int, seed: int) -> None:
+        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        #: Samples of an epoch. One block less than fits, so that the shift never runs over the end.
+        self.samples = max((len(tokens) - 1) // block_size - 1, 1)
+        #: Whole blocks in the split.
+        self.blocks = (len(tokens) - 1) // block_size
+        self._largest_shift = min(block_size, len(tokens) - self.samples * block_size)
+
+    def starts(self, first: int, count: int) -> Indices:
+        """First token of the training samples `first` .. `first + count` of the endless sequence of epochs."""
+        numbers = np.arange(first, first + count, dtype=np.int64)
+        epochs, indices = numbers // self.samples, numbers % self.samples
+        out = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            inside = epochs == epoch
+            blocks = permute(indices[inside], self.samples, self.seed, epoch)
+            out[inside] = blocks * self.block_size + epoch_shift(self.seed, epoch, self._largest_shift)
+        return out
+
+    def spread_starts(self, count: int) -> Indices:
+        """First tokens of at most `count` blocks spread evenly over the split: the same in every evaluation."""
+        count = min(count, self.blocks)
+        return np.arange(count, dtype=np.int64) * self.blocks // count * self.block_size
+
+    def window(self, starts: Indices) -> Indices:
+        """(len(starts), block_size + 1) int64: inputs are all but the last column, targets all but the first."""
+        out: Indices = self.tokens[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
+        return out
+
+
+def open_split(folder: Path, split: str, model: GPT2Config, seed: int) -> TokenDataset:
+    """A split as samples of the model's block size."""
+    return TokenDataset(open_tokens(folder, split), model.block_size, seed)

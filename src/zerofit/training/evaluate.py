@@ -1,0 +1,31 @@
+"""Evaluation: the same samples in every evaluation and for every number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..engines.base import Engine
+from ..tasks.language_modeling import metrics
+from ..types import Batch
+
+
+class Evaluator:
+    """Losses of the train and validation splits over fixed samples.
+
+    Args:
+        windows: split name -> this rank's batches; equally many on every rank.
+    """
+
+    def __init__(self, windows: Mapping[str, Sequence[Batch]]) -> None:
+        self.windows = windows
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
+        """``train_loss``, ``val_loss``, ``val_perplexity`` …: means over all ranks' valid items. Collective.
+
+        Uses no randomness and moves no data cursor: a run with evaluation trains the same losses as one without.
+        """
+        found: dict[str, float] = {}
+        for split, window in self.windows.items():
+            for name, value in metrics(engine.eval_step(window)).items():
+                found[f"{split}_{name}"] = value
+        return found

@@ -1,0 +1,233 @@
+"""The training loop: the schedule says how fast, the loader what, the engine how; events remember."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import store
+from ..config.schema import Config
+from ..data.loader import TrainLoader
+from ..engines.base import Engine
+from ..errors import Interrupted, TrainingFailed
+from ..models.base import ModelSpec
+from ..planning.plan import Plan
+from ..types import STOP, PendingStep, World
+from .evaluate import Evaluator
+from .events import EventLog
+from .progress import Display
+from .schedule import learning_rate
+from .signals import StopRequest
+
+#: Dense bf16/fp16 peak of known GPUs in FLOP/s (vendors' data sheets), for the MFU figure. Others show none.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "L4": 121e12, "A10": 125e12}
+#: Steps in a row whose gradient is not finite before training gives up.
+MOST_SKIPS = 20
+
+
+@dataclass
+class Progress:
+    """What the loop remembers between steps; saved with every checkpoint."""
+
+    step: int = 0
+    """Attempted optimizer steps: the data cursor is ``step * global_batch``."""
+    best_loss: float = math.inf
+    """Lowest validation loss so far."""
+    best_step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Newest evaluation."""
+    skips_in_a_row: int = 0
+
+
+class Trainer:
+    """One rank's training of one run. Every method that touches the engine is collective."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        spec: ModelSpec[Any],
+        engine: Engine,
+        loader: TrainLoader,
+        evaluator: Evaluator,
+        world: World,
+        checkpoints: Path,
+        display: Display,
+        events: EventLog,
+        stop: StopRequest,
+        progress: Progress,
+    ) -> None:
+        self.config, self.plan, self.engine, self.loader = config, plan, engine, loader
+        self.evaluator, self.world, self.display, self.events = evaluator, world, display, events
+        self.stop, self.progress = stop, progress
+        self.checkpoints = checkpoints
+        self.flops_per_token = spec.flops_per_token(plan.model)
+        self.peak_flops = _peak_flops(world)
+        self.mark = time.perf_counter()
+        self.saved_step: int | None = None
+
+    def train(self) -> None:
+        """Train until ``max_steps``.
+
+        Raises:
+            Interrupted: asked to stop; a checkpoint was saved first.
+            TrainingFailed: the gradient stayed not finite.
+        """
+        pending: PendingStep | None = None
+        self.mark = time.perf_counter()
+        for step in range(self.progress.step, self.config.max_steps):
+            lr = learning_rate(self.config, step)
+            following = self.engine.train_step(self.loader.window(step), lr, step, self.stop.wishes)
+            wishes = self._record(step - 1, pending) if pending else 0
+            pending, self.progress.step = following, step + 1
+            if self._pause_is_due(step + 1) or wishes & STOP:
+                wishes |= self._record(step, pending)
+                pending = None
+                self._pause(step + 1)
+                if wishes & STOP and step + 1 < self.config.max_steps:
+                    self._interrupt(step + 1)
+        self.events.write("end", step=self.progress.step, **_peaks(self.world))
+
+    def _pause_is_due(self, done: int) -> bool:
+        return self._evaluation_is_due(done) or self._save_is_due(done) or done == self.config.max_steps
+
+    def _pause(self, done: int) -> None:
+        """Between two steps: evaluate and save what is due. Its time is not the step's."""
+        improved = self._evaluation_is_due(done) and self._evaluate(done)
+        if self._save_is_due(done) or (improved and self.config.save_on_improvement):
+            self._save(done, best=improved)
+        self.mark = time.perf_counter()
+
+    def _evaluation_is_due(self, done: int) -> bool:
+        interval = self.config.eval_interval
+        return interval != "never" and (done % interval == 0 or done == self.config.max_steps)
+
+    def _save_is_due(self, done: int) -> bool:
+        interval = self.config.save_interval
+        if interval == "never":
+            return False
+        if done == self.config.max_steps:
+            return True
+        if interval == "evaluation":
+            return self._evaluation_is_due(done)
+        if interval == "epoch":
+            return self.loader.epoch_of_step(done) > self.loader.epoch_of_step(done - 1)
+        return done % interval == 0
+
+    def _record(self, step: int, pending: PendingStep) -> int:
+        """Write what became of `step`; returns the agreed wishes. Waits for that step, not for the one after."""
+        result = pending.read()
+        now = time.perf_counter()
+        seconds, self.mark = now - self.mark, now
+        tokens_per_second = result.weight / seconds
+        event = {
+            "step": step + 1,
+            "loss": result.loss,
+            "learning_rate": learning_rate(self.config, step),
+            "grad_norm": result.grad_norm,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens_per_second,
+            "mfu": self._mfu(tokens_per_second),
+            "loss_scale": result.loss_scale,
+            "skipped": result.skipped,
+            "valid_tokens": result.weight,
+            **_peaks(self.world),
+        }
+        self.events.write("step", **event)
+        self.display.step(step + 1, event)
+        self._watch(step + 1, result.skipped)
+        return result.wishes
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self.peak_flops is None:
+            return None
+        return tokens_per_second * self.flops_per_token / (self.peak_flops * self.world.world_size)
+
+    def _watch(self, step: int, skipped: bool) -> None:
+        """Count skipped steps; the same on every rank, so that all give up together."""
+        self.progress.skips_in_a_row = self.progress.skips_in_a_row + 1 if skipped else 0
+        if skipped:
+            self.events.write("warning", step=step, message="gradient not finite; the step was skipped")
+        if self.progress.skips_in_a_row >= MOST_SKIPS:
+            raise TrainingFailed(
+                f"The gradient was not finite for {MOST_SKIPS} steps in a row, up to step {step}. Usual causes: the "
+                f"learning rate is too high, fp16 overflows (try bf16 or fp32), or the data is broken. Resume from "
+                f"the last checkpoint with a lower learning rate."
+            )
+
+    def _evaluate(self, done: int) -> bool:
+        """Evaluate, tell, and say whether the validation loss is the best so far."""
+        started = time.perf_counter()
+        metrics = self.evaluator.evaluate(self.engine)
+        self.events.write("eval", step=done, **metrics, eval_seconds=time.perf_counter() - started)
+        self.progress.metrics = metrics
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        improved = metrics["val_loss"] < self.progress.best_loss
+        self.display.say(f"step {done}: {shown}{'  (best so far)' if improved else ''}")
+        if improved:
+            self.progress.best_loss, self.progress.best_step = metrics["val_loss"], done
+        return improved
+
+    def _save(self, done: int, best: bool) -> None:
+        """Save all ranks' fragments, then let the pointers name them."""
+        started = time.perf_counter()
+        state = {
+            "model": self.plan.model.model_dump(),
+            "strategy": self.plan.strategy,
+            "world_size": self.plan.world_size,
+            "precision": self.plan.precision,
+            "global_batch": self.plan.global_batch,
+            "seed": self.plan.seed,
+            "data_path": str(self.config.data.path),
+            "metrics": self.progress.metrics,
+            "best_loss": self.progress.best_loss if self.progress.best_step is not None else None,
+            "best_step": self.progress.best_step,
+        }
+        scalars = self.engine.scalars()
+        folder = store.save(self.checkpoints, done, self.engine.fragments(), scalars, state, self.world)
+        self.saved_step = done
+        if self.world.is_main:
+            store.point(self.checkpoints, "latest", folder)
+            if best:
+                store.point(self.checkpoints, "best", folder)
+            if done == self.config.max_steps:
+                store.point(self.checkpoints, "final", folder)
+            store.prune(self.checkpoints, self.config.keep_checkpoints)
+        self.events.write("checkpoint", step=done, folder=folder.name, seconds=time.perf_counter() - started)
+
+    def _interrupt(self, done: int) -> None:
+        if self.saved_step != done:
+            self._save(done, best=False)
+        self.events.write("interrupted", step=done)
+        raise Interrupted(f"Stopped at step {done} on request and saved. Continue with --resume.")
+
+
+def _peaks(world: World) -> dict[str, int]:
+    """Highest memory so far, in bytes: PyTorch's allocator on a GPU, and this process on the host."""
+    peaks = {"host_peak_bytes": _host_peak_bytes()}
+    if world.device.type == "cuda":
+        peaks["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(world.device)
+        peaks["gpu_reserved_bytes"] = torch.cuda.max_memory_reserved(world.device)
+    return peaks
+
+
+def _host_peak_bytes() -> int:
+    """Peak resident size of this process; 0 on Windows, which has no getrusage."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _peak_flops(world: World) -> float | None:
+    if world.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(world.device)
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
