@@ -30,10 +30,10 @@ def print_choice(console: Console, config: Config, choice: Choice) -> None:
 
 def candidate_table(choice: Choice) -> Table:
     """One row a strategy: the peak by item, and whether it fits."""
-    table = Table(title=None, header_style="bold")
-    for name in ("strategy", "micro-batch"):
-        table.add_column(name)
-    for name in ("states", "activations", "other", "peak a rank", "limit"):
+    limit = format_bytes(choice.candidates[0].limit_bytes)
+    table = Table(caption=f"Estimated bytes of one rank at its peak; it may use {limit}.", header_style="bold")
+    table.add_column("strategy", no_wrap=True)
+    for name in ("micro-batch", "states", "activations", "other", "peak"):
         table.add_column(name, justify="right")
     table.add_column("fits")
     for candidate in choice.candidates:
@@ -43,10 +43,9 @@ def candidate_table(choice: Choice) -> Table:
         sizes = (states, activations, candidate.peak_bytes - states - activations, candidate.peak_bytes)
         chosen = candidate.plan.strategy == choice.plan.strategy and candidate.plan.offload == choice.plan.offload
         table.add_row(
-            describe(candidate.plan) + (" (chosen)" if chosen else ""),
+            ("> " if chosen else "  ") + describe(candidate.plan),
             str(candidate.plan.micro_batch),
             *(format_bytes(size) for size in sizes),
-            format_bytes(candidate.limit_bytes),
             "yes" if candidate.fits else "no",
             style="bold" if chosen else None,
         )

@@ -86,9 +86,11 @@ class Trainer:
             following = self.engine.train_step(self.loader.window(step), lr, step, self.stop.wishes)
             wishes = self._record(step - 1, pending) if pending else 0
             pending, self.progress.step = following, step + 1
-            if self._pause_is_due(step + 1) or wishes & STOP:
+            due = self._pause_is_due(step + 1) or bool(wishes & STOP)
+            if due or self.world.device.type == "cpu":  # on a CPU the step is done already: nothing to hide
                 wishes |= self._record(step, pending)
                 pending = None
+            if due or wishes & STOP:
                 self._pause(step + 1)
                 if wishes & STOP and step + 1 < self.config.max_steps:
                     self._interrupt(step + 1)

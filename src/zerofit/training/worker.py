@@ -116,8 +116,7 @@ def _read_or_prepare(arguments: list[str]) -> PreparedRun | None:
     else:
         overrides = [*request.overrides, ("num_gpus", str(world_size))]
         resolved = load_config(request.source, request.preset, overrides)
-        name = request.preset or (request.source.stem if request.source else "run")
-        ready = prepare_run(resolved, default_name=name, resume=request.resume, dry_run=request.dry_run)
+        ready = prepare_run(resolved, default_name=request.default_name, resume=request.resume, dry_run=request.dry_run)
         if ready is None:
             return None
         prepared = ready

@@ -1,0 +1,158 @@
+"""The schema as a table of dotted keys: what the command line, the error messages and the help know about it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ..errors import ConfigError
+from .schema import Config
+
+_BOUNDS = {Ge: ("ge", "of at least"), Gt: ("gt", "above"), Le: ("le", "of at most"), Lt: ("lt", "below")}
+_NOUNS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    NoneType: "null",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting.
+
+    Attributes:
+        name: dotted, as in ``optimizer.learning_rate``.
+        rule: the values it takes, in words.
+        description: the field's docstring.
+        default: in effect when nothing sets it; ``PydanticUndefined`` for what a run cannot do without.
+        types: the plain types it takes, `NoneType` among them when it may be unset.
+    """
+
+    name: str
+    rule: str
+    description: str
+    default: object
+    types: frozenset[type]
+
+    @property
+    def leaf(self) -> str:
+        """Last part of the name."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def is_boolean(self) -> bool:
+        """Whether ``--key`` and ``--no-key`` mean something."""
+        return bool in self.types
+
+    @property
+    def is_text(self) -> bool:
+        """Whether an arbitrary text is a value; then a number on the command line is text too."""
+        return not self.types.isdisjoint({str, Path})
+
+
+@cache
+def keys() -> Mapping[str, Key]:
+    """Every setting by dotted name, in the schema's order."""
+    return {key.name: key for key in _walk(Config, "")}
+
+
+@cache
+def sections() -> Mapping[str, str]:
+    """Name -> one-line description of the configuration's sections."""
+    return {
+        name: (field.annotation.__doc__ or "").partition("\n")[0]
+        for name, field in Config.model_fields.items()
+        if _is_section(field.annotation)
+    }
+
+
+def find_key(spelled: str, where: str) -> Key:
+    """The setting that `spelled` means: a dotted name, or its last part where only one section has it.
+
+    Args:
+        spelled: dashes and underscores are the same.
+        where: origin of the name, for the message.
+
+    Raises:
+        ConfigError: unknown, with the nearest known key; or ambiguous, with the candidates.
+    """
+    name = spelled.replace("-", "_")
+    if name in keys():
+        return keys()[name]
+    candidates = [key for key in keys().values() if key.leaf == name]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise ConfigError(
+            f"{where}: {spelled!r} could mean {_listed(key.name for key in candidates)}; a short name must belong to "
+            f"one section only. Write the full name."
+        )
+    raise ConfigError(f"{where}: {spelled!r} is not a configuration key. {_suggestion(name)}")
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known name that looks most like `name`, or None when none does."""
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
+
+
+def _suggestion(name: str) -> str:
+    if name in sections():
+        return f"{name} is a section; its keys are {_listed(key for key in keys() if key.startswith(name + '.'))}."
+    spellings = {key.leaf: key.name for key in keys().values()} | {key: key for key in keys()}
+    found = nearest(name, list(spellings)) or nearest(name.rpartition(".")[2], list(spellings))
+    if found is None:
+        return "`zerofit train --help` lists all keys."
+    return f"The nearest known key is {spellings[found]}; `zerofit train --help` lists all."
+
+
+def _listed(names: Iterator[str]) -> str:
+    return ", ".join(names)
+
+
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[Key]:
+    for name, field in model.model_fields.items():
+        if _is_section(field.annotation):
+            yield from _walk(field.annotation, f"{prefix}{name}.")
+        else:
+            rule, types = _describe(field.annotation, field.metadata)
+            yield Key(prefix + name, rule, field.description or "", field.default, types)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _describe(annotation: Any, metadata: Sequence[object] = ()) -> tuple[str, frozenset[type]]:
+    """A type in words, and the plain types in it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        constraints = [
+            part for extra in arguments[1:] for part in (extra.metadata if isinstance(extra, FieldInfo) else ())
+        ]
+        return _describe(arguments[0], constraints)
+    if origin is Literal:
+        return " or ".join(arguments), frozenset()
+    if origin is tuple:
+        return f"a list, each item {_describe(arguments[0])[0]}", frozenset({tuple})
+    if arguments:
+        words, types = zip(*(_describe(argument) for argument in arguments), strict=True)
+        return " or ".join(words), frozenset().union(*types)
+    bounds = [
+        f"{words} {getattr(part, name):g}"
+        for part in metadata
+        for kind, (name, words) in _BOUNDS.items()
+        if isinstance(part, kind)
+    ]
+    return " ".join([_NOUNS[annotation], " and ".join(bounds)]).strip(), frozenset({annotation})
