@@ -102,7 +102,7 @@ def _read_key(request: Request, option: str, attached: str | None, waiting: dequ
                 f"{key.name} takes {key.rule}. Write --{key.name} VALUE."
             )
         return _with_override(request, key.name, "false")
-    key = find_key(name, COMMAND_LINE)
+    key = find_key(option.removeprefix("--"), COMMAND_LINE)
     if key.is_boolean and attached is None and not (waiting and waiting[0].lower() in _BOOLEANS):
         return _with_override(request, key.name, "true")
     return _with_override(request, key.name, _value(option, attached, waiting))

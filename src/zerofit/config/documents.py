@@ -32,14 +32,20 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own form)
 
 
-class _Dumper(yaml.SafeDumper):
-    # The same resolvers as the loader's, so that exactly the texts that it would misread are quoted.
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-
 for _tag, _pattern, _first in _CORE_SCHEMA:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
-_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+class _Dumper(yaml.SafeDumper):
+    # The loader's resolvers, so that exactly the texts that it would read as something else are quoted.
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Double quotes keep a text with line ends on one line."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,8 @@ def read_entries(text: str, source: str, sections: frozenset[str]) -> Iterator[E
     Raises:
         ConfigError: no valid document, no mapping at the top, or a key that stands there twice.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None:
             yield from _walk(loader, node, source, sections)
@@ -75,8 +81,6 @@ def read_entries(text: str, source: str, sections: frozenset[str]) -> Iterator[E
         ) from error
     except yaml.reader.ReaderError as error:
         raise ConfigError(f"{source} is not a text file in UTF-8 ({error.reason}). Save it as UTF-8 text.") from error
-    finally:
-        loader.dispose()
 
 
 def _walk(loader: _Loader, node: yaml.Node, source: str, sections: frozenset[str], prefix: str = "") -> Iterator[Entry]:
@@ -120,22 +124,16 @@ def read_text(path: Path) -> str:
 
 
 def read_scalar(text: str) -> object:
-    """The value that `text` has in a configuration file, as in ``1e-4``, ``true``, ``[a, b]``; text where it is none."""
+    """The value that `text` has in a configuration file (``1e-4``, ``true``, ``[a, b]``); text where it is none."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
 
 
 def write_value(value: object) -> str:
     """One line of YAML that `read_scalar` and the file reader read back as the same value."""
-    if isinstance(value, str) and "\n" in value:
-        style = '"'
-    else:
-        style = None
-    text: str = yaml.dump(
-        value, Dumper=_Dumper, default_style=style, default_flow_style=True, width=math.inf, allow_unicode=True
-    )
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
     return text.removesuffix("...\n").strip("\n")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -50,6 +50,12 @@ class Key:
     def leaf(self) -> str:
         """Last part of the name."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def plain_default(self) -> object:
+        """The default as it would stand in YAML."""
+        default = self.default
+        return list(default) if isinstance(default, tuple) else str(default) if isinstance(default, Path) else default
 
     @property
     def is_boolean(self) -> bool:
@@ -96,7 +102,7 @@ def find_key(spelled: str, where: str) -> Key:
         return candidates[0]
     if candidates:
         raise ConfigError(
-            f"{where}: {spelled!r} could mean {_listed(key.name for key in candidates)}; a short name must belong to "
+            f"{where}: {spelled!r} could mean {', '.join(key.name for key in candidates)}; a short name must belong to "
             f"one section only. Write the full name."
         )
     raise ConfigError(f"{where}: {spelled!r} is not a configuration key. {_suggestion(name)}")
@@ -109,7 +115,8 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
 
 def _suggestion(name: str) -> str:
     if name in sections():
-        return f"{name} is a section; its keys are {_listed(key for key in keys() if key.startswith(name + '.'))}."
+        members = ", ".join(key for key in keys() if key.startswith(f"{name}."))
+        return f"{name} is a section; its keys are {members}."
     spellings = {key.leaf: key.name for key in keys().values()} | {key: key for key in keys()}
     found = nearest(name, list(spellings)) or nearest(name.rpartition(".")[2], list(spellings))
     if found is None:
@@ -117,42 +124,45 @@ def _suggestion(name: str) -> str:
     return f"The nearest known key is {spellings[found]}; `zerofit train --help` lists all."
 
 
-def _listed(names: Iterator[str]) -> str:
-    return ", ".join(names)
-
-
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[Key]:
     for name, field in model.model_fields.items():
         if _is_section(field.annotation):
             yield from _walk(field.annotation, f"{prefix}{name}.")
         else:
-            rule, types = _describe(field.annotation, field.metadata)
-            yield Key(prefix + name, rule, field.description or "", field.default, types)
+            words, types = _describe(field.annotation, field.metadata)
+            yield Key(prefix + name, _either(words), field.description or "", field.default, types)
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _describe(annotation: Any, metadata: Sequence[object] = ()) -> tuple[str, frozenset[type]]:
-    """A type in words, and the plain types in it."""
+def _describe(annotation: Any, metadata: Sequence[object] = ()) -> tuple[list[str], frozenset[type]]:
+    """The alternatives of a type in words, and the plain types in it."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        constraints = [
-            part for extra in arguments[1:] for part in (extra.metadata if isinstance(extra, FieldInfo) else ())
-        ]
-        return _describe(arguments[0], constraints)
+        fields = [extra for extra in arguments[1:] if isinstance(extra, FieldInfo)]
+        return _describe(arguments[0], [part for extra in fields for part in extra.metadata])
     if origin is Literal:
-        return " or ".join(arguments), frozenset()
+        return list(arguments), frozenset()
     if origin is tuple:
-        return f"a list, each item {_describe(arguments[0])[0]}", frozenset({tuple})
+        return [f"a list, each item {_either(_describe(arguments[0])[0])}"], frozenset({tuple})
     if arguments:
-        words, types = zip(*(_describe(argument) for argument in arguments), strict=True)
-        return " or ".join(words), frozenset().union(*types)
-    bounds = [
-        f"{words} {getattr(part, name):g}"
+        parts = [_describe(argument) for argument in arguments]
+        return [word for words, _ in parts for word in words], frozenset().union(*(types for _, types in parts))
+    return [_NOUNS[annotation] + _bounds(metadata)], frozenset({annotation})
+
+
+def _bounds(metadata: Sequence[object]) -> str:
+    return " and".join(
+        f" {words} {getattr(part, attribute):g}"
         for part in metadata
-        for kind, (name, words) in _BOUNDS.items()
+        for kind, (attribute, words) in _BOUNDS.items()
         if isinstance(part, kind)
-    ]
-    return " ".join([_NOUNS[annotation], " and ".join(bounds)]).strip(), frozenset({annotation})
+    )
+
+
+def _either(words: Sequence[str]) -> str:
+    """``a, b or c``."""
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last

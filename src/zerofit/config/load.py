@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
 
 from ..errors import ConfigError
 from .documents import Entry, describe_value, read_entries, read_scalar, read_text, write_value
@@ -121,20 +123,19 @@ def _read_override(spelled: str, text: str) -> Entry:
 
 
 def _read_typed(key: Key, text: str) -> object:
-    """A value from the command line. Where a key takes text, ``2024`` and ``a: b`` are text; quotes still quote."""
+    """A value from the command line. A key that takes text takes ``2024`` and ``a: b`` too; quotes still quote."""
+    is_unset = NoneType in key.types and text in ("null", "~")
+    if key.is_text and not is_unset and not text.startswith(("'", '"')):
+        return text
     value = read_scalar(text)
-    if key.is_text and not isinstance(value, str) and value is not None:
-        return text
-    if key.is_text and not text.startswith(("'", '"')) and text not in ("null", "~"):
-        return text
-    return value
+    return [text] if tuple in key.types and not isinstance(value, list) else value
 
 
 def _validate(settings: dict[str, Entry]) -> Config:
     for entry in settings.values():
         # pydantic takes true for 1; nobody who writes it means that.
         if isinstance(entry.value, bool) and not keys()[entry.name].is_boolean:
-            raise _wrong_value(keys()[entry.name], entry, None)
+            raise _wrong_value(keys()[entry.name], entry)
     try:
         return Config.model_validate(_nested(settings))
     except ValidationError as error:
@@ -158,7 +159,7 @@ def _in_words(error: ValidationError, settings: dict[str, Entry]) -> ConfigError
     key = keys().get(".".join(path[:2])) or keys().get(".".join(path[:1]))
     if first["type"] == "value_error" or key is None:
         return ConfigError(str(first.get("ctx", {}).get("error", first["msg"])))
-    return _wrong_value(key, settings[key.name], first["msg"])
+    return _wrong_value(key, settings[key.name])
 
 
 def _missing(name: str) -> ConfigError:
@@ -170,10 +171,10 @@ def _missing(name: str) -> ConfigError:
     )
 
 
-def _wrong_value(key: Key, entry: Entry, reason: str | None) -> ConfigError:
-    detail = f" ({reason})" if reason and isinstance(entry.value, str | list) and key.types >= {tuple} else ""
-    quotes = " Put it in quotes to make it text." if key.is_text and isinstance(entry.value, int | float | bool) else ""
+def _wrong_value(key: Key, entry: Entry) -> ConfigError:
+    default = "" if key.default in (PydanticUndefined, None) else f" (default {write_value(key.plain_default)})"
+    quotes = " Put it in quotes to make it text." if key.is_text and isinstance(entry.value, int | float) else ""
     return ConfigError(
-        f"{entry.origin}: {key.name} was set to {describe_value(entry.value)}{detail}, and it takes {key.rule}. "
+        f"{entry.origin}: {key.name} was set to {describe_value(entry.value)}, and it takes {key.rule}{default}. "
         f"{key.description}{quotes}"
     )

@@ -42,15 +42,13 @@ def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def build_model(plan: Plan, spec: ModelSpec[Any], device: torch.device) -> nn.Module:
-    """The model in its compute dtype on `device`, uninitialised, its units compiled when the plan says so."""
+    """The model in its compute dtype on `device`, uninitialised."""
     with construction(device, DTYPES[plan.precision]):
-        model = spec.build(plan.model, checkpoint_every=plan.activation_checkpointing_every)
-    compile_units(plan, spec, model)
-    return model
+        return spec.build(plan.model, checkpoint_every=plan.activation_checkpointing_every)
 
 
 def compile_units(plan: Plan, spec: ModelSpec[Any], model: nn.Module) -> None:
-    """``torch.compile`` each unit in place (names of parameters stay)."""
+    """``torch.compile`` each unit in place (names of parameters stay). Outside ``zero.Init``, which patches tensors."""
     if plan.compile:
         for unit in spec.compiled_units(model):
             unit.compile(mode=None if plan.compile_mode == "default" else plan.compile_mode, dynamic=False)

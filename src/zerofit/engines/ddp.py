@@ -30,6 +30,7 @@ class DDPEngine:
     def __init__(self, plan: Plan, spec: ModelSpec[Any], world: World) -> None:
         self.plan, self.world = plan, world
         self.model = common.build_model(plan, spec, world.device)
+        common.compile_units(plan, spec, self.model)
         self.parameters = named_unique_parameters(self.model)
         self.fp32_gradients = self._accumulate_in_fp32() if plan.mixed and plan.gradient_dtype == "fp32" else None
         self.optimizer = FlatAdamW(

@@ -41,11 +41,13 @@ class DeepSpeedEngine:
     def __init__(self, plan: Plan, spec: ModelSpec[Any], world: World) -> None:
         self.world = world
         self.deepspeed = import_deepspeed(plan, world)
-        self.plan = _with_own_swap_folder(plan, world)
+        self.swap_folder = _new_swap_folder(plan)
+        self.plan = plan if self.swap_folder is None else plan.model_copy(update={"nvme_path": self.swap_folder})
         with _translated(self.deepspeed):
             self.deepspeed.init_distributed()
             config = deepspeed_config(self.plan)
             self.model = self._build_model(spec, config)
+            common.compile_units(plan, spec, self.model)
             self.parameters = named_unique_parameters(self.model)
             self.engine = _zero_engine(self.deepspeed, self.model, self._make_optimizer(spec), config)
         self.zero: Any = self.engine.optimizer
@@ -144,8 +146,8 @@ class DeepSpeedEngine:
     def close(self) -> None:
         self.engine.destroy()
         _restore_linear()
-        if self.plan.nvme_path is not None and self.world.local_rank == 0:
-            shutil.rmtree(self.plan.nvme_path, ignore_errors=True)
+        if self.swap_folder is not None and self.world.local_rank == 0:
+            shutil.rmtree(self.swap_folder, ignore_errors=True)
 
 
 def import_deepspeed(plan: Plan, world: World) -> ModuleType:
@@ -173,6 +175,9 @@ def import_deepspeed(plan: Plan, world: World) -> ModuleType:
     # Without this table, initialisation probes the compiler for every op, and on a CPU then compiles a shared-memory
     # collective for a minute and a half.
     vars(deepspeed.ops)["__compatible_ops__"] = {}
+    if plan.device == "cpu":
+        # It asks oneDNN for native fp16 and refuses without; torch emulates it, which is good enough to try things out.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     module: ModuleType = deepspeed
     return module
 
@@ -215,10 +220,10 @@ def _restore_linear() -> None:
         torch.nn.functional.linear = Patch.linear_bk
 
 
-def _with_own_swap_folder(plan: Plan, world: World) -> Plan:
-    """NVMe offload into a folder that no other run uses (DeepSpeed's file names know only the rank). Collective."""
-    if "nvme" not in (plan.offload, plan.offload_parameters):
-        return plan
+def _new_swap_folder(plan: Plan) -> Path | None:
+    """A folder for NVMe offload that no other run uses (DeepSpeed's file names tell only ranks apart). Collective."""
+    if plan.nvme_path is None or "nvme" not in (plan.offload, plan.offload_parameters):
+        return None
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
@@ -228,5 +233,4 @@ def _with_own_swap_folder(plan: Plan, world: World) -> Plan:
         )
     name = [uuid4().hex]
     dist.broadcast_object_list(name)
-    assert plan.nvme_path is not None  # the configuration has checked it
-    return plan.model_copy(update={"nvme_path": Path(plan.nvme_path) / f"zerofit-swap-{name[0]}"})
+    return plan.nvme_path / f"zerofit-swap-{name[0]}"

@@ -20,7 +20,7 @@ from ..types import Fragment, Reader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 #: Parameter -> canonical name.
-Names = Mapping[nn.Parameter, str]
+Names = Mapping[Any, str]
 #: Applied steps -> what the optimizer counts them with (a tensor or an int) for a master.
 Counter = Callable[[float, Tensor], Any]
 
@@ -140,17 +140,19 @@ class ReplicatedLayout:
         self.optimizer.update_lp_params()
 
     def memory(self) -> dict[str, int]:
-        """Bytes by item, as if nothing were offloaded under names of their own; see `planning.zero_memory`."""
+        """Bytes by item; see `planning.zero_memory`."""
         zero = self.optimizer
-        items = {"parameters": _bytes(zero.bit16_groups_flat), **_state_bytes(self.partitions)}
-        if zero.cpu_offload:
-            items["host_gradients"] = _bytes(
-                [*(master.grad for master in zero.single_partition_of_fp32_groups)]
-                + [*zero.accumulated_grads_in_cpu.values(), zero.temp_grad_buffer_for_cpu_offload]
-            )
-            items["host_parameters"] = _bytes(zero.param_buffer_of_bit16_for_cpu_offload_groups)
-            items["buckets"] = zero.temp_grad_buffer_for_gpu_offload.nbytes
-        return items
+        items = {"parameters": _bytes(zero.bit16_groups_flat)}
+        if not zero.cpu_offload:
+            return items | _state_bytes(self.partitions)
+        gradients = [master.grad for master in zero.single_partition_of_fp32_groups]
+        gradients += [*zero.accumulated_grads_in_cpu.values(), zero.temp_grad_buffer_for_cpu_offload]
+        return items | {
+            "buckets": zero.temp_grad_buffer_for_gpu_offload.nbytes,
+            "host_parameters": _bytes(zero.param_buffer_of_bit16_for_cpu_offload_groups),
+            "host_gradients": _bytes(gradients),
+            **_state_bytes(self.partitions, "host_"),
+        }
 
 
 def _replicated_slots(parameters: Iterable[nn.Parameter], names: Names) -> list[Slot]:
@@ -186,16 +188,27 @@ class ShardedLayout:
     def memory(self) -> dict[str, int]:
         """Bytes by item; see `planning.zero_memory`."""
         zero = self.optimizer
-        gathered = _bytes(p for p in self.names if p.data_ptr() != p.ds_tensor.data_ptr())  # type: ignore[attr-defined]
-        items = {"parameters": gathered, **_state_bytes(self.partitions)}
+        where = "host_" if zero.offload_optimizer else ""
+        gradients = [p.master.grad for p in self.partitions if p.master.grad is not None]
+        items = {
+            "parameters": _bytes(p for p in self.names if p.data_ptr() != p.ds_tensor.data_ptr()),
+            "buckets": _bytes(bucket.buffer for bucket in zero.ipg_buckets.values()),
+            f"{where}gradients": _bytes([zero.grad_partitions_flat_buffer, *gradients]),
+            **_state_bytes(self.partitions, where),
+        }
         if zero.offload_param:
-            items["host_parameters"] = _bytes(zero.param_groups_fp16_flat_cpu_memory)
+            items["host_parameters"] = _bytes(p.ds_tensor for p in self.names if p.ds_tensor.status.name == "AVAILABLE")
         else:
             items["parameters"] += zero.lp_param_buffer.nbytes
-        items["gradients"] = zero.grad_partitions_flat_buffer.nbytes
-        items["gradients"] += _bytes(p.master.grad for p in self.partitions if p.master.grad is not None)
-        items["buckets"] = _bytes(bucket.buffer for bucket in zero.ipg_buckets.values())
-        return items
+        pools = _bytes(self._swap_pools())
+        return items | ({"host_buckets": pools} if pools else {})
+
+    def _swap_pools(self) -> Iterator[Tensor]:
+        if self.optimizer.swap_optimizer:
+            yield from self.optimizer.optimizer_swapper.swap_buffer_manager.all_buffers
+        swapper = next(iter(self.names)).nvme_swapper
+        if swapper is not None:
+            yield from (swapper.buffers, swapper.partitioned_swap_buffer)
 
 
 def _sharded_slots(parameters: Iterable[Any], names: Names, rank: int) -> list[Slot]:
@@ -210,11 +223,10 @@ def _sharded_slots(parameters: Iterable[Any], names: Names, rank: int) -> list[S
     return slots
 
 
-def _state_bytes(partitions: Iterable[Partition]) -> dict[str, int]:
-    partitions = list(partitions)
+def _state_bytes(partitions: Sequence[Partition], where: str = "") -> dict[str, int]:
     return {
-        "master": _bytes(p.master for p in partitions),
-        "moments": _bytes(p.state[role] for p in partitions for role in MOMENTS),
+        f"{where}master": _bytes(p.master for p in partitions),
+        f"{where}moments": _bytes(p.state[role] for p in partitions for role in MOMENTS),
     }
 
 

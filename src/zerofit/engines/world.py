@@ -9,9 +9,19 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from ..planning.plan import Plan
 from ..types import World
+
+
+def launcher_store() -> dist.Store | None:
+    """The rendezvous store of whoever started the ranks (``zerofit train``, torchrun, ``deepspeed``, srun with
+    MASTER_ADDR and MASTER_PORT); None for one process that nobody launched. Before any process group exists."""
+    if "MASTER_ADDR" not in os.environ:
+        return None
+    store: dist.Store = next(rendezvous("env://"))[0]
+    return store
 
 
 @contextmanager

@@ -35,6 +35,7 @@ _DEVICE_MEMORY_TEXTS = (
     "torch.cuda.outofmemoryerror",
     "cuda out of memory",
     "cuda error: out of memory",
+    "cuda driver error: out of memory",
     "cuda_error_out_of_memory",
     "cublas_status_alloc_failed",
     "cuda failure 2 'out of memory'",

@@ -23,7 +23,7 @@ def launch(
     """Run ``python -m module arguments`` as ``processes`` ranks, to the end, and report a rank that died.
 
     Rank 0 keeps the terminal's standard output; its standard error, and everything that the other ranks write, goes
-    to ``log_dir/rank-N.log``. Ctrl-C, SIGTERM and SIGUSR1 are passed on, see `ranks.run_ranks`.
+    to ``log_dir/rank-N.log``. Signals are passed on, see `ranks.run_ranks`.
 
     Args:
         processes: how many ranks.

@@ -1,9 +1,10 @@
 """The processes of one job on this machine: started, watched, signalled and ended together.
 
 The ranks see torchrun's environment (``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ``MASTER_PORT`` …),
-so that a worker cannot tell who started it. Why this and not torchelastic's agent itself: on a second Ctrl-C the
-agent leaves its workers running, after a signal it forgets their exit codes, it opens one log twice when stdout and
-stderr should share it, and it makes the parent import torch (1 to 2 seconds before the first worker starts).
+so that a worker cannot tell who started it. Why this and not torchelastic's agent itself (seen with torch 2.13): after
+a signal the agent forgets its workers' exit codes, so that "saved, resumable" cannot be told from a crash; a second
+Ctrl-C waits up to 30 seconds; stdout and stderr cannot share one log; and it makes the parent import torch, which
+costs 1 to 2 seconds before the first worker starts.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ from .diagnose import OWN_EXIT_CODES, oom_kills
 
 WINDOWS = sys.platform == "win32"
 
-#: Signals that are passed on to the ranks: Ctrl-C, an agent's or Slurm's end, Slurm's warning before the end.
-FORWARDED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+#: Requests to stop, and what the ranks get for each: Ctrl-C, a batch system's end and its warning before that, and
+#: the end of a terminal, of which the ranks know nothing because each leads a session of its own.
+_PASSED_ON = {"SIGINT": "SIGINT", "SIGTERM": "SIGTERM", "SIGUSR1": "SIGUSR1", "SIGHUP": "SIGTERM"}
+FORWARDED = {
+    getattr(signal, name): getattr(signal, passed) for name, passed in _PASSED_ON.items() if hasattr(signal, name)
+}
 
 #: After a request to stop the ranks finish their step and save.
 STOP_GRACE_SECONDS = 30.0
@@ -48,7 +53,7 @@ class Outcome:
         exit_codes: by rank; negative for a signal.
         failed: the ranks that did not exit with 0, in the order in which they ended.
         killed: the ranks that were still running when their time was up.
-        stopped_by: the last signal that was passed on, if any.
+        stopped_by: the last request to stop (a key of `FORWARDED`), if any.
         timed_out: ended by the time limit.
         seconds: from the start of the first rank to the end of the last.
         oom_kills: processes that the kernel killed for memory meanwhile in this control group; 0 where unknown.
@@ -142,7 +147,7 @@ class _Watch:
         if self._interrupts > 1:
             self._ranks.kill()
             return
-        self._ranks.send(number)
+        self._ranks.send(FORWARDED[signal.Signals(number)])
         self._kill_within(STOP_GRACE_SECONDS)
 
     def _notice_failures(self, ended: Mapping[int, int]) -> None:
@@ -242,7 +247,10 @@ class _Ranks:
 
 @contextmanager
 def _received_signals() -> Iterator[list[int]]:
-    """Inside, `FORWARDED` signals are only noted. Nothing to note outside the main thread."""
+    """Inside, `FORWARDED` signals are only noted; but under nohup a closed terminal stays ignored.
+
+    Python delivers signals to the main thread: in another one there is nothing to note.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -251,7 +259,9 @@ def _received_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.signal(number, note) for number in FORWARDED}
+    hangup = getattr(signal, "SIGHUP", None)
+    wanted = [n for n in FORWARDED if not (n == hangup and signal.getsignal(n) == signal.SIG_IGN)]
+    before = {number: signal.signal(number, note) for number in wanted}
     try:
         yield received
     finally:

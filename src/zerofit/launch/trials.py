@@ -25,7 +25,7 @@ RESULT_VARIABLE = "ZEROFIT_TRIAL_RESULT"
 
 Status = Literal["ok", "out_of_memory", "timeout", "failed"]
 
-#: Out-of-memory reports of PyTorch stand above a traceback's last lines and, with several ranks, teardown messages.
+#: How much of a log is searched and kept: with several ranks, teardown messages follow an out-of-memory report.
 _LOG_LINES = 60
 
 _KILLED = (-9, 128 + 9)

@@ -1,2 +1,141 @@
-def zero_state_bytes(plan):
-    return {}
+"""Bytes that DeepSpeed 0.19.8 keeps between two steps, item by item, on its busiest rank.
+
+The arithmetic of its source (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``partition_parameters.py``,
+``runtime/swap_tensor``); the conformance suite compares every row with the engine's own tensors. N ranks; h bytes of the
+compute type (2 or 4); g bytes of the gradient type. Items named ``host_*`` lie in host memory; what was swapped to NVMe
+is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from .plan import Plan
+
+#: Smaller partitions are not swapped to NVMe (``swap_tensor/utils.py``: MIN_AIO_BYTES).
+MIN_SWAP_BYTES = 1024**2
+#: Swap buffers are rounded up to this (AIO_ALIGNED_BYTES with one thread).
+SWAP_ALIGNMENT_BYTES = 1024
+#: Buffers in the NVMe pools (DeepSpeed's defaults): of optimizer states, of parameters.
+STATE_BUFFERS, PARAMETER_BUFFERS = 4, 5
+
+
+def zero_state_bytes(plan: Plan) -> dict[str, int]:
+    """Model states and persistent buffers under ZeRO-1, 2 or 3, after the first step."""
+    if plan.strategy == "zero3":
+        return _sharded(plan)
+    return max((_replicated(plan, rank) for rank in range(plan.world_size)), key=lambda items: sum(items.values()))
+
+
+def _groups(plan: Plan) -> list[list[int]]:
+    """Elements of each parameter, in the optimizer's two groups: with weight decay (matrices) and without."""
+    shapes = plan.model.parameter_shapes().values()
+    groups = [[math.prod(shape) for shape in shapes if (len(shape) >= 2) is decays] for decays in (True, False)]
+    return [group for group in groups if group]
+
+
+def _compute_bytes(plan: Plan) -> int:
+    return 2 if plan.mixed else 4
+
+
+def _gradient_bytes(plan: Plan) -> int:
+    return 4 if plan.gradient_dtype == "fp32" else _compute_bytes(plan)
+
+
+def _replicated(plan: Plan, rank: int) -> dict[str, int]:
+    """ZeRO-1 and 2. Each group is padded to a multiple of 2 N elements and cut into N equal partitions.
+
+    With offload, the fp32 gradient that the optimizer reads stays (4 a partition element), a staging buffer of the
+    largest parameter on either side, and a host copy of the partition in the compute type.
+    """
+    h, groups = _compute_bytes(plan), _groups(plan)
+    parts = [2 * math.ceil(sum(group) / (2 * plan.world_size)) for group in groups]
+    part = sum(parts)
+    parameters = h * part * plan.world_size
+    if plan.offload == "none":
+        return {"parameters": parameters, "master": 4 * part, "moments": 8 * part}
+    staging = h * max(max(group) for group in groups)
+    return {
+        "parameters": parameters,
+        "buckets": staging,
+        "host_parameters": h * part,
+        "host_gradients": 4 * part + staging + _accumulated_on_host(plan, groups, parts, rank),
+        "host_master": 4 * part,
+        "host_moments": 8 * part,
+    }
+
+
+def _accumulated_on_host(plan: Plan, groups: list[list[int]], parts: list[int], rank: int) -> int:
+    """ZeRO-2 accumulates on the host, in the compute type, every parameter that touches the rank's partition.
+
+    Not with a gradient type of its own, which accumulates on the GPU; ZeRO-1 accumulates there always.
+    """
+    if plan.strategy == "zero1" or plan.accumulation_steps == 1 or _gradient_bytes(plan) != _compute_bytes(plan):
+        return 0
+    elements = 0
+    for group, part in zip(groups, parts, strict=True):
+        start, stop, position = rank * part, (rank + 1) * part, 0
+        for size in group:
+            elements += size if position < stop and position + size > start else 0
+            position += size
+    return _compute_bytes(plan) * elements
+
+
+def _sharded(plan: Plan) -> dict[str, int]:
+    """ZeRO-3. Every parameter is cut into N parts of ceil(n / N); small ones also stay whole on every rank."""
+    h, g = _compute_bytes(plan), _gradient_bytes(plan)
+    sizes = [size for group in _groups(plan) for size in group]
+    parts = [_part(size, plan) for size in sizes]
+    on_gpu = h * sum(size for size in sizes if size <= plan.zero.persistence_threshold_elements)
+    items = {"parameters": on_gpu, "buckets": g * plan.zero.reduce_bucket_elements}
+    if plan.offload_parameters == "none":
+        items["parameters"] += h * sum(parts)
+    else:
+        nvme = plan.offload_parameters == "nvme"
+        items["host_parameters"] = h * sum(part for part in parts if not (nvme and h * part >= MIN_SWAP_BYTES))
+    return {**items, **_sharded_states(plan, sum(parts)), **_swap_pools(plan)}
+
+
+def _sharded_states(plan: Plan, part: int) -> dict[str, int]:
+    """Gradients of the window g, master 4, moments 8 a partition element; offloaded, an fp32 gradient as well."""
+    gradients = _gradient_bytes(plan) * part
+    if plan.offload == "none":
+        return {"gradients": gradients, "master": 4 * part, "moments": 8 * part}
+    if plan.offload == "nvme":
+        sub_groups = (sum(_part(size, plan) for size in members) for members in _sub_groups(plan))
+        part = sum(size for size in sub_groups if 4 * size < MIN_SWAP_BYTES)
+    return {"host_gradients": gradients + 4 * part, "host_master": 4 * part, "host_moments": 8 * part}
+
+
+def _part(size: int, plan: Plan) -> int:
+    return math.ceil(size / plan.world_size)
+
+
+def _sub_groups(plan: Plan) -> Iterator[list[int]]:
+    """Elements of the parameters that the optimizer steps together (``_create_fp16_sub_groups``)."""
+    for group in _groups(plan):
+        members: list[int] = []
+        for size in group:
+            members.append(size)
+            if sum(_part(member, plan) for member in members) >= plan.zero.sub_group_elements:
+                yield members
+                members = []
+        if members:
+            yield members
+
+
+def _swap_pools(plan: Plan) -> dict[str, int]:
+    """Host buffers through which NVMe is read and written."""
+    h, pools = _compute_bytes(plan), 0
+    largest = max(_sub_groups(plan), key=lambda members: sum(_part(size, plan) for size in members))
+    if plan.offload == "nvme":
+        pools += STATE_BUFFERS * _aligned([4 * sum(_part(size, plan) for size in largest)])
+    if plan.offload_parameters == "nvme":
+        pools += PARAMETER_BUFFERS * _aligned([h * max(_part(size, plan) for group in _groups(plan) for size in group)])
+        pools += _aligned(h * size for size in largest)  # whole parameters, though only parts are written
+    return {"host_buckets": pools} if pools else {}
+
+
+def _aligned(sizes_bytes: Iterable[int]) -> int:
+    return sum(SWAP_ALIGNMENT_BYTES * math.ceil(size / SWAP_ALIGNMENT_BYTES) for size in sizes_bytes)

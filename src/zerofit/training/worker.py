@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from torch.distributed import Store
-from torch.distributed.rendezvous import rendezvous
 
 from ..config.arguments import parse_arguments
 from ..config.load import load_config
+from ..engines.world import launcher_store
 from ..errors import ConfigError, ZerofitError
 from ..planning.plan import Plan
 from .rank import train_rank
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     rank = int(os.environ.get("RANK", "0"))
     try:
-        store = _store()
+        store = launcher_store()
         prepared = _agree_on_run(arguments, store, rank)
         if prepared is not None:
             train_rank(prepared, store)
@@ -46,14 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
         return error.exit_code
     return 0
-
-
-def _store() -> Store | None:
-    """The launcher's store; None for one process that nobody launched."""
-    if "MASTER_ADDR" not in os.environ:
-        return None
-    store: Store = next(rendezvous("env://"))[0]
-    return store
 
 
 class _Message(TypedDict, total=False):

@@ -1,0 +1,143 @@
+"""The command line. A verb's module is imported when that verb is called, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+from .. import __version__
+from ..errors import ZerofitError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb before its module is imported.
+
+    Attributes:
+        target: ``module:attribute``: a `typer.Typer`, a function with typer parameters, or for a `configured` verb a
+            function of the raw arguments.
+        help: one line.
+        configured: it takes a configuration and an override for each of its keys.
+    """
+
+    target: str
+    help: str
+    configured: bool = False
+
+
+VERBS = {
+    "train": Verb("zerofit.cli.train:run_train", "Plan, launch and train; continue a run with --resume.", True),
+    "plan": Verb("zerofit.cli.plan:run_plan", "Show what would run and what fits; starts nothing.", True),
+    "estimate-memory": Verb("zerofit.cli.plan:run_plan", "The same as plan.", True),
+    "data": Verb("zerofit.cli.data:app", "Prepare data, and show it."),
+    "eval": Verb("zerofit.cli.evaluate:evaluate", "Evaluate a checkpoint."),
+    "generate": Verb("zerofit.cli.generate:generate", "Write text with a trained model."),
+    "presets": Verb("zerofit.cli.presets:presets", "List the presets, or print one as YAML."),
+}
+
+
+class ConfiguredCommand(TyperCommand):
+    """A verb that reads its arguments itself (`config.arguments`); its help documents every key of the schema."""
+
+    def __init__(self, name: str, run: Callable[[Sequence[str]], None]) -> None:
+        super().__init__(
+            name,
+            help=run.__doc__,
+            options_metavar="[CONFIG] [--preset NAME] [--KEY VALUE ...]",
+            context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+            rich_markup_mode=None,
+        )
+        self._run = run
+
+    def invoke(self, ctx: Any) -> None:
+        """Hand the arguments over as they were typed."""
+        self._run(ctx.args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Flags, then every key with its values, default and docstring."""
+        from .keys_help import flag_rows, key_rows
+
+        with formatter.section("Flags"):
+            formatter.write_dl(flag_rows(), col_max=34)
+        for title, rows in key_rows():
+            with formatter.section(title):
+                formatter.write_dl(rows, col_max=34)
+
+
+class LazyGroup(TyperGroup):
+    """Knows every verb's name and line of help; imports the one that is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Verbs in the order of their table."""
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | None:
+        """A stand-in that holds the line of help."""
+        verb = VERBS.get(cmd_name)
+        return TyperCommand(cmd_name, help=verb.help) if verb else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The verb itself, in place of its stand-in."""
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, load_verb(name) if name else None, rest
+
+
+def load_verb(name: str) -> Any:
+    """Import a verb and make a click command of it."""
+    verb = VERBS[name]
+    module, _, attribute = verb.target.partition(":")
+    target = getattr(importlib.import_module(module), attribute)
+    if verb.configured:
+        return ConfiguredCommand(name, target)
+    if isinstance(target, typer.Typer):
+        return get_command(target)
+    single = typer.Typer(add_completion=False)
+    single.command(name)(target)
+    return get_command(single)
+
+
+app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"zerofit {__version__}")
+        raise typer.Exit
+
+
+@app.callback(no_args_is_help=True)
+def zerofit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; also after a verb.")] = False,
+) -> None:
+    """Trains models on the GPUs you have, and says beforehand what fits.
+
+    Start with: zerofit train --preset shakespeare_char
+    """
+
+
+def main() -> None:
+    """Entry point. An error that zerofit raises on purpose is one paragraph and its exit code, no traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        get_command(app).main(arguments, prog_name="zerofit")
+    except ZerofitError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        else:
+            print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

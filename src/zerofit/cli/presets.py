@@ -1,0 +1,52 @@
+"""``zerofit presets``: the configurations that come with zerofit."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ..config.load import load_config
+from ..config.presets import preset_names, preset_text
+from ..config.schema import Config
+
+
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print this one as YAML.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the presets with their parameter counts, or print one as YAML."""
+    if name is not None:
+        print(json.dumps(_whole(name)) if as_json else preset_text(name), end="\n" if as_json else "")
+    elif as_json:
+        print(json.dumps({name: _whole(name) for name in preset_names()}))
+    else:
+        print(preset_table())
+
+
+def preset_table() -> str:
+    """One line a preset: name, parameters, what its file says in its first line."""
+    rows = [(name, _parameters(_config(name)), preset_text(name).partition("\n")[0]) for name in preset_names()]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(
+        f"{name:<{widths[0]}}  {count:>{widths[1]}}  {line.removeprefix('# ')}" for name, count, line in rows
+    )
+
+
+def _config(name: str) -> Config:
+    return load_config(None, name).config
+
+
+def _whole(name: str) -> dict[str, object]:
+    whole: dict[str, object] = _config(name).model_dump(mode="json")
+    return whole
+
+
+def _parameters(config: Config) -> str:
+    """The count, padding rows included. A vocabulary that comes with the data adds a row of the embedding a token."""
+    model = config.model
+    if model.vocab_size is not None:
+        return f"{model.parameter_count():,}"
+    without_vocabulary = model.model_copy(update={"vocab_size": 0}).parameter_count()
+    return f"{without_vocabulary:,} + {model.n_embd} a token"

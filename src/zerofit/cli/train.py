@@ -1,0 +1,55 @@
+"""``zerofit train``: configuration, plan, launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from ..config.arguments import Request, parse_arguments
+from ..config.load import load_config
+from ..errors import ConfigError
+from .presets import preset_table
+
+IMAGE_FOLDER = Path("data/train")
+
+
+def run_train(arguments: Sequence[str]) -> None:
+    """Plan, launch and train; show the plan before anything is started."""
+    from ..launch.local import launch
+    from ..training.start import prepare_run
+
+    request = parse_arguments(arguments)
+    _refuse_what_train_lacks(request)
+    resolved = load_config(request.source, request.preset, request.overrides)
+    prepared = prepare_run(resolved, default_name=request.default_name, resume=request.resume, dry_run=request.dry_run)
+    if prepared is not None:
+        raise typer.Exit(launch(prepared.processes, prepared.worker_arguments, log_dir=prepared.log_dir))
+
+
+def _refuse_what_train_lacks(request: Request) -> None:
+    if request.as_json or request.run:
+        raise ConfigError(
+            "`zerofit train` was given --json or --run, and has neither: its events are JSON in the run folder's "
+            "events.jsonl, and --run is what it hands to its workers. Use `zerofit plan --json` for a plan as JSON, "
+            "--resume to continue a run."
+        )
+    if request.source is None and request.preset is None and not request.overrides:
+        raise ConfigError(
+            f"`zerofit train` was given neither a configuration file nor a preset, and there is no default job. Name "
+            f"one, as in `zerofit train --preset shakespeare_char`.{_about_images()} The presets are:\n{preset_table()}"
+        )
+
+
+def _about_images() -> str:
+    """What to say to someone who comes with the folders of an image classifier."""
+    if not IMAGE_FOLDER.is_dir():
+        return ""
+    classes = sum(entry.is_dir() for entry in IMAGE_FOLDER.iterdir())
+    if not classes:
+        return ""
+    return (
+        f" {IMAGE_FOLDER} holds {classes} folders, as for an image classifier: this version trains language models "
+        f"on text only; training on images comes with a later one."
+    )

@@ -1,0 +1,108 @@
+"""The command line as a process: help, exit codes, messages, presets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from zerofit.cli.main import VERBS
+from zerofit.config.keys import keys
+from zerofit.config.presets import preset_names
+
+
+def zerofit(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "zerofit.cli.main", *arguments], capture_output=True, text=True, timeout=60, cwd=cwd
+    )
+
+
+def test_help_answers_within_half_a_second_and_names_every_verb() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = zerofit("--help")
+        seconds.append(time.perf_counter() - start)
+    assert done.returncode == 0
+    assert all(f"  {name} " in done.stdout and verb.help in done.stdout for name, verb in VERBS.items())
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_can_be_called_for_help(name: str) -> None:
+    done = zerofit(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Usage: zerofit {name} " in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_help_of_a_configured_verb_documents_every_key(verb: str) -> None:
+    words = zerofit(verb, "--help").stdout.split()
+    assert {f"--{name}" for name in keys()} - set(words) == set()
+    assert "Peak learning rate. [a number above 0; default 0.0006]" in " ".join(words)
+
+
+def test_version() -> None:
+    from zerofit import __version__
+
+    assert zerofit("--version").stdout == f"zerofit {__version__}\n"
+
+
+def test_an_error_is_one_paragraph_on_stderr_with_its_exit_code() -> None:
+    done = zerofit("train", "--preset", "gpt2", "--learning-rte", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "nearest known key is optimizer.learning_rate" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "train", "--no-such"], ["train", "--no-such", "--debug"]])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(arguments: list[str]) -> None:
+    done = zerofit(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Traceback")
+
+
+def test_train_without_a_job_lists_the_presets(tmp_path: Path) -> None:
+    done = zerofit("train", cwd=tmp_path)
+    assert done.returncode == 2
+    assert all(name in done.stderr for name in preset_names())
+    assert "image" not in done.stderr
+
+
+def test_train_beside_class_folders_says_that_images_come_later(tmp_path: Path) -> None:
+    for name in ("cats", "dogs"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+    done = zerofit("train", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "holds 2 folders" in done.stderr
+    assert "later" in done.stderr
+
+
+@pytest.mark.parametrize("option", [["--json"], ["--run", "x"]])
+def test_train_refuses_what_it_does_not_have(option: list[str]) -> None:
+    done = zerofit("train", "--preset", "gpt2", *option)
+    assert done.returncode == 2
+    assert "zerofit plan --json" in done.stderr
+
+
+def test_presets_are_listed_with_their_parameters() -> None:
+    listed = zerofit("presets").stdout
+    # 124,439,808 parameters and 47 padding rows of 768.
+    assert "  124,475,904  GPT-2 124M" in listed
+    assert "801,536 + 128 a token" in listed
+
+
+def test_a_preset_is_printed_as_yaml_and_as_json() -> None:
+    assert "learning_rate: 6e-4 #" in zerofit("presets", "gpt2").stdout
+    assert json.loads(zerofit("presets", "gpt2", "--json").stdout)["optimizer"]["learning_rate"] == 6e-4
+    assert json.loads(zerofit("presets", "--json").stdout).keys() == set(preset_names())
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    done = zerofit("presets", "gpt3")
+    assert done.returncode == 2
+    assert "The presets are gpt2" in done.stderr
