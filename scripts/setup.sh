@@ -59,6 +59,10 @@ fi
 constraint=()
 if has_nvidia_driver; then
   echo "setup: NVIDIA driver found, installing PyTorch with CUDA (several GB the first time) ..."
+  # pip would be content with the CPU build of an earlier installation without a driver.
+  case "$(.venv/bin/python -m pip show torch 2>/dev/null)" in
+    *"Version: "*+cpu*) .venv/bin/python -m pip uninstall --quiet --yes torch ;;
+  esac
 else
   echo "setup: no NVIDIA driver, installing PyTorch for the CPU (about a minute the first time) ..."
   constraint=(-c constraints-cpu.txt)
@@ -67,7 +71,8 @@ fi
 if [ "$(uname)" = Linux ] && install -e ".[deepspeed${extras:+,$extras}]"; then
   :
 else
-  echo "setup: no DeepSpeed here: strategies single and ddp work, zero1, zero2, zero3 and offload do not. \`make setup\` tries again." >&2
+  echo "setup: no DeepSpeed here: strategies single and ddp work, zero1, zero2, zero3 and offload do not." \
+    "\`make setup\` tries again." >&2
   install -e ".${extras:+[$extras]}"
 fi
 # Shakespeare's plays. The package asks for much that its texts do not need.

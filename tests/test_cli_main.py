@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -50,6 +51,14 @@ def test_version() -> None:
     from zerofit import __version__
 
     assert zerofit("--version").stdout == f"zerofit {__version__}\n"
+    assert zerofit("version").stdout.startswith(f"zerofit {__version__}\npython 3.")
+    assert json.loads(zerofit("version", "--json").stdout)["torch"] == importlib.metadata.version("torch")
+
+
+def test_a_misspelt_verb_names_the_nearest_one() -> None:
+    done = zerofit("trian")
+    assert done.returncode == 2
+    assert "Did you mean 'train'?" in done.stderr
 
 
 def test_an_error_is_one_paragraph_on_stderr_with_its_exit_code() -> None:

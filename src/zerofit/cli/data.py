@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Prepare data, and show it.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Prepare data, and show it.")
 
 
 @app.command()

@@ -20,7 +20,7 @@ def flag_rows() -> list[tuple[str, str]]:
         ("--dry-run", "train: stop before anything is started or written to a run folder."),
         ("--json", "plan: print JSON."),
         ("--debug", "Show the traceback of an error."),
-        ("--help", "Show this message."),
+        ("-h, --help", "Show this message."),
     ]
 
 

@@ -41,6 +41,7 @@ VERBS = {
     "eval": Verb("zerofit.cli.evaluate:evaluate", "Evaluate a checkpoint."),
     "generate": Verb("zerofit.cli.generate:generate", "Write text with a trained model."),
     "presets": Verb("zerofit.cli.presets:presets", "List the presets, or print one as YAML."),
+    "version": Verb("zerofit.cli.version:version", "Print the versions of zerofit and of what it stands on."),
 }
 
 
@@ -75,14 +76,10 @@ class ConfiguredCommand(TyperCommand):
 class LazyGroup(TyperGroup):
     """Knows every verb's name and line of help; imports the one that is called."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Verbs in the order of their table."""
-        return list(VERBS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | None:
-        """A stand-in that holds the line of help."""
-        verb = VERBS.get(cmd_name)
-        return TyperCommand(cmd_name, help=verb.help) if verb else None
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        # Stand-ins that hold the line of help; also what a misspelt verb is compared with.
+        self.commands = {name: TyperCommand(name, help=verb.help) for name, verb in VERBS.items()}
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """The verb itself, in place of its stand-in."""
@@ -99,12 +96,17 @@ def load_verb(name: str) -> Any:
         return ConfiguredCommand(name, target)
     if isinstance(target, typer.Typer):
         return get_command(target)
-    single = typer.Typer(add_completion=False)
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name)(target)
     return get_command(single)
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _print_version(wanted: bool) -> None:

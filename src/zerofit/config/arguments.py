@@ -60,6 +60,11 @@ def parse_arguments(argv: Sequence[str]) -> Request:
         if argument.startswith("--"):
             option, equals, attached = argument.partition("=")
             request = _read_option(request, option, attached if equals else None, waiting)
+        elif argument.startswith("-"):
+            raise ConfigError(
+                f"{argument} was given, and options are spelt out with two dashes. Write --KEY VALUE; "
+                f"`zerofit train --help` lists all keys."
+            )
         else:
             request = _with_source(request, argument)
     return request

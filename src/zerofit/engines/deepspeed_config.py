@@ -73,8 +73,10 @@ def _zero_optimization(plan: Plan) -> dict[str, Any]:
     if plan.offload_parameters != "none":
         block["offload_param"] = _offload(plan, plan.offload_parameters)
         if plan.offload_parameters == "nvme":
-            # One buffer holds one parameter's partition; nothing of the compute copy stays in host memory.
-            block["offload_param"] |= {"buffer_size": largest_partition_elements(plan), "max_in_cpu": 0}
+            # One buffer holds one parameter's partition; no flat compute copy stays in host memory.
+            block["offload_param"] |= {"buffer_size": _largest_partition_elements(plan), "max_in_cpu": 0}
+            # Every gathered parameter keeps one of five buffers, and the sixth ends the run: keep none, prefetch none.
+            block |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     return block
 
 
@@ -85,6 +87,6 @@ def _offload(plan: Plan, device: str) -> dict[str, Any]:
     return block
 
 
-def largest_partition_elements(plan: Plan) -> int:
+def _largest_partition_elements(plan: Plan) -> int:
     """Elements of the largest parameter's partition on one rank, ZeRO-3."""
     return max(math.ceil(math.prod(shape) / plan.world_size) for shape in plan.model.parameter_shapes().values())

@@ -87,6 +87,8 @@ def choose(config: Config, hardware: Hardware) -> Choice:
             f"{describe(chosen.plan)} may not fit: about {format_bytes(chosen.peak_bytes)} at the peak against "
             f"{format_bytes(limit)} that one rank may use (a coarse estimate); it is tried because it was asked for."
         )
+    if config.compile and not chosen.plan.compile:
+        warnings.append("compile is off: under ZeRO-3 it gives wrong gradients on GPUs (docs/experiments.md).")
     plan = chosen.plan.model_copy(update={"reason": _reason(config, chosen, candidates)})
     split = BatchSplit(plan.micro_batch, plan.accumulation_steps, world_size)
     return Choice(plan, tuple(candidates), split, tuple(warnings))
@@ -213,7 +215,7 @@ def _candidate(
             "activation_checkpointing_every": {"none": 0, "full": 1}.get(
                 str(config.activation_checkpointing), config.activation_checkpointing
             ),
-            "compile": config.compile,
+            "compile": config.compile and strategy != "zero3",  # see Config: wrong gradients
             "compile_mode": config.compile_mode,
             "deterministic": config.deterministic,
             "seed": config.seed,

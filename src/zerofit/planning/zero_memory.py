@@ -87,14 +87,23 @@ def _sharded(plan: Plan) -> dict[str, int]:
     h, g = _compute_bytes(plan), _gradient_bytes(plan)
     sizes = [size for group in _groups(plan) for size in group]
     parts = [_part(size, plan) for size in sizes]
-    on_gpu = h * sum(size for size in sizes if size <= plan.zero.persistence_threshold_elements)
-    items = {"parameters": on_gpu, "buckets": g * plan.zero.reduce_bucket_elements}
+    items = {"parameters": h * _kept_whole(plan, sizes), "buckets": g * plan.zero.reduce_bucket_elements}
     if plan.offload_parameters == "none":
         items["parameters"] += h * sum(parts)
     else:
         nvme = plan.offload_parameters == "nvme"
         items["host_parameters"] = h * sum(part for part in parts if not (nvme and h * part >= MIN_SWAP_BYTES))
     return {**items, **_sharded_states(plan, sum(parts)), **_swap_pools(plan)}
+
+
+def _kept_whole(plan: Plan, sizes: list[int]) -> int:
+    """Elements of parameters at or below the persistence threshold, gathered for good.
+
+    On one rank the partition is the whole parameter already, unless it lies on the other side of the PCIe bus.
+    """
+    if plan.world_size == 1 and (plan.offload_parameters == "none" or plan.device == "cpu"):
+        return 0
+    return sum(size for size in sizes if size <= plan.zero.persistence_threshold_elements)
 
 
 def _sharded_states(plan: Plan, part: int) -> dict[str, int]:
