@@ -18,7 +18,9 @@ from typing import Any
 from torch.distributed import TCPStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "zerofit.models.gpt2", "zerofit.engines.build"])
+_CONTEXT.set_forkserver_preload(
+    ["deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "zerofit.models.gpt2", "zerofit.engines.build"]
+)
 
 
 def run(world_size: int, function: Callable[..., Any], *arguments: Any, timeout_seconds: float = 120) -> list[Any]:
@@ -87,9 +89,7 @@ def _rank_main(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         store = TCPStore("127.0.0.1", port, is_master=False)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
         world = World(rank=rank, world_size=world_size, local_rank=rank, device=torch.device("cpu"))
         sender.send((function(world, *arguments), None))
     except BaseException:

@@ -10,7 +10,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,8 +78,7 @@ class DeepSpeedEngine:
                 groups.append({"params": members, "weight_decay": weight_decay})
         arguments: dict[str, Any] = {"lr": 0.0, "betas": (plan.beta1, plan.beta2), "eps": plan.eps}
         if plan.cpu_kernel == "deepspeed" and self.plan.offload != "none":
-            optimizer: torch.optim.Optimizer = self.deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **arguments)
-            return optimizer
+            return _cpu_adam(self.deepspeed, groups, arguments)
         return torch.optim.AdamW(groups, fused=True, **arguments)
 
     def train_step(self, window: Sequence[Batch], lr: float, step: int, wishes: int = 0) -> PendingStep:
@@ -146,8 +145,8 @@ class DeepSpeedEngine:
     def close(self) -> None:
         self.engine.destroy()
         _restore_linear()
-        if self.swap_folder is not None and self.world.local_rank == 0:
-            shutil.rmtree(self.swap_folder, ignore_errors=True)
+        if self.swap_folder is not None:
+            _remove_swap_files(self.swap_folder, self.world.rank)
 
 
 def import_deepspeed(plan: Plan, world: World) -> ModuleType:
@@ -198,6 +197,17 @@ def _zero_engine(deepspeed: ModuleType, model: nn.Module, optimizer: torch.optim
     return ZeroEngine(args=None, model=model, optimizer=optimizer, config=config, config_class=DeepSpeedConfig(config))
 
 
+def _cpu_adam(deepspeed: ModuleType, groups: Any, arguments: dict[str, Any]) -> torch.optim.Optimizer:
+    try:
+        optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, **arguments)
+    except RuntimeError as reason:
+        raise MissingDependency(
+            f"optimizer.cpu_kernel deepspeed compiles DeepSpeedCPUAdam when it is first used, and that failed "
+            f"({reason}). It needs a C++ compiler and ninja; or use optimizer.cpu_kernel torch, which compiles nothing."
+        ) from reason
+    return optimizer
+
+
 @contextmanager
 def _translated(deepspeed: ModuleType) -> Iterator[None]:
     """DeepSpeed's complaints as ours; running out of memory and broken connections pass unchanged."""
@@ -234,3 +244,12 @@ def _new_swap_folder(plan: Plan) -> Path | None:
     name = [uuid4().hex]
     dist.broadcast_object_list(name)
     return plan.nvme_path / f"zerofit-swap-{name[0]}"
+
+
+def _remove_swap_files(folder: Path, rank: int) -> None:
+    """This rank's files, and the folders that are empty then: other ranks may still be reading theirs."""
+    for path in (Path(name) for name, _, _ in os.walk(folder, topdown=False)):
+        if path.name == f"rank{rank}":
+            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            path.rmdir()

@@ -33,7 +33,8 @@ class LossScaler:
         scale, iteration, last, hysteresis = self.state.unbind()
         full, floor = float(self.config.hysteresis), self.config.min_scale
         halve = overflow & (hysteresis <= 1)
-        grow = ~overflow & ((iteration - last) % self.config.window == 0)
+        stable_steps = iteration - last - 1
+        grow = ~overflow & (stable_steps > 0) & (stable_steps % self.config.window == 0)
         new_scale = torch.where(halve, (scale / 2).clamp(min=floor), torch.where(grow, scale * 2, scale))
         spent = torch.where(overflow & (hysteresis > 1), hysteresis - 1, hysteresis)
         new_hysteresis = torch.where(grow, torch.full_like(spent, full), spent)

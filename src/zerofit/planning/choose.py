@@ -259,9 +259,9 @@ def _nothing_fits(candidates: list[Candidate], limit_bytes: int) -> str:
     needs = "; ".join(f"{describe(c.plan)} {format_bytes(c.peak_bytes)}" for c in candidates)
     cheaper = "" if least.plan.activation_checkpointing_every == 1 else "activation_checkpointing full, "
     return (
-        f"No strategy fits: one rank may use {format_bytes(limit_bytes)}, and the estimated peaks are: {needs} (each at "
-        f"its smallest micro-batch). The nearest is {describe(least.plan)}. Try {cheaper}a shorter block_size, more GPUs, "
-        f"or a smaller model."
+        f"No strategy fits: one rank may use {format_bytes(limit_bytes)}, and the estimated peaks are: {needs} (each "
+        f"at its smallest micro-batch). The nearest is {describe(least.plan)}. Try {cheaper}a shorter block_size, "
+        f"more GPUs, or a smaller model."
     )
 
 
@@ -272,4 +272,4 @@ def describe(plan: Plan) -> str:
 
 
 def format_bytes(size_bytes: float) -> str:
-    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB / 10 else f"{size_bytes / 1024**2:.1f} MiB"
+    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / 1024**2:.1f} MiB"

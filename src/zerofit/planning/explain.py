@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,11 +19,12 @@ def print_choice(console: Console, config: Config, choice: Choice) -> None:
         highlight=False,
     )
     console.print(candidate_table(choice))
-    console.print(plan.reason, highlight=False)
+    console.print(plan.reason, highlight=False, soft_wrap=True)
     console.print(
         f"Batch: {choice.split.equation()}; {plan.global_batch * plan.model.block_size:,} tokens a step, "
         f"{config.max_steps:,} steps.",
         highlight=False,
+        soft_wrap=True,
     )
     for warning in choice.warnings:
         console.print(f"Warning: {warning}", style="yellow", highlight=False)
@@ -31,10 +33,14 @@ def print_choice(console: Console, config: Config, choice: Choice) -> None:
 def candidate_table(choice: Choice) -> Table:
     """One row a strategy: the peak by item, and whether it fits."""
     limit = format_bytes(choice.candidates[0].limit_bytes)
-    table = Table(caption=f"Estimated bytes of one rank at its peak; it may use {limit}.", header_style="bold")
+    table = Table(
+        caption=f"Estimated bytes of one rank at its peak; it may use {limit}.",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+    )
     table.add_column("strategy", no_wrap=True)
-    for name in ("micro-batch", "states", "activations", "other", "peak"):
-        table.add_column(name, justify="right")
+    for name in ("batch", "states", "activ.", "other", "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fits")
     for candidate in choice.candidates:
         items = candidate.items

@@ -1,9 +1,9 @@
 """Bytes that DeepSpeed 0.19.8 keeps between two steps, item by item, on its busiest rank.
 
 The arithmetic of its source (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``partition_parameters.py``,
-``runtime/swap_tensor``); the conformance suite compares every row with the engine's own tensors. N ranks; h bytes of the
-compute type (2 or 4); g bytes of the gradient type. Items named ``host_*`` lie in host memory; what was swapped to NVMe
-is not counted.
+``runtime/swap_tensor``); the conformance suite compares every row with the engine's own tensors. N ranks; h bytes of
+the compute type (2 or 4); g bytes of the gradient type. Items named ``host_*`` lie in host memory; what was swapped to
+NVMe is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ def zero_state_bytes(plan: Plan) -> dict[str, int]:
 
 
 def _groups(plan: Plan) -> list[list[int]]:
-    """Elements of each parameter, in the optimizer's two groups: with weight decay (matrices) and without."""
+    """Elements of each parameter, in the optimizer's two groups: with weight decay and without.
+
+    Decay is on tensors of two and more dimensions, which is what `ModelSpec.decays` says without importing torch.
+    """
     shapes = plan.model.parameter_shapes().values()
     groups = [[math.prod(shape) for shape in shapes if (len(shape) >= 2) is decays] for decays in (True, False)]
     return [group for group in groups if group]

@@ -50,8 +50,8 @@ def with_data(resolved: ResolvedConfig, console: Console) -> ResolvedConfig:
     """
     config = resolved.config
     if config.data.prepare and not is_prepared(config.data.path):
-        console.print(f"Preparing {', '.join(config.data.prepare)} …", highlight=False)
-        console.print(prepare(config.data).describe(), highlight=False)
+        console.print(f"Preparing {', '.join(config.data.prepare)} …", highlight=False, soft_wrap=True)
+        console.print(prepare(config.data).describe(), highlight=False, soft_wrap=True)
     if config.model.vocab_size is None:
         model = config.model.model_copy(update={"vocab_size": vocabulary_size(config.data.path)})
         config = config.model_copy(update={"model": model})
@@ -82,7 +82,9 @@ def prepare_run(
     resolved = with_data(resolved, console)
     choice, hardware = make_plan(resolved.config, console)
     if dry_run:
-        console.print(f"Dry run: nothing was started. The run folder would be {folder}.", highlight=False)
+        console.print(
+            f"Dry run: nothing was started. The run folder would be {folder}.", highlight=False, soft_wrap=True
+        )
         return None
     write_run_folder(folder, resolved, choice.plan, hardware)
     return PreparedRun(folder, choice.plan, resume)

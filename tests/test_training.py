@@ -1,0 +1,98 @@
+"""The loop's parts that need no process of their own."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from zerofit.config.models import GPT2Config
+from zerofit.config.schema import Config, DataConfig, LossScaleConfig, OptimizerConfig, ScheduleConfig
+from zerofit.engines.loss_scale import LossScaler
+from zerofit.training.events import EventLog, read_events
+from zerofit.training.sampling import generate
+from zerofit.training.schedule import learning_rate
+
+
+def _config(**schedule: object) -> Config:
+    return Config(
+        model=GPT2Config(n_layer=1, n_head=1, n_embd=8),
+        data=DataConfig(path=Path("d")),
+        optimizer=OptimizerConfig(learning_rate=1.0),
+        schedule=ScheduleConfig.model_validate(schedule),
+        max_steps=100,
+    )
+
+
+def test_cosine_with_warmup() -> None:
+    config = _config(warmup_steps=10, min_learning_rate=0.1)
+    assert [learning_rate(config, step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert learning_rate(config, 10) == pytest.approx(1.0)
+    assert learning_rate(config, 55) == pytest.approx(0.55)
+    assert learning_rate(config, 100) == pytest.approx(0.1)
+    assert learning_rate(config, 5000) == pytest.approx(0.1)
+
+
+def test_decay_may_end_before_the_run_and_constant_stays() -> None:
+    assert learning_rate(_config(decay_steps=50), 75) == 0.0
+    assert learning_rate(_config(kind="constant", warmup_steps=2), 99) == 1.0
+
+
+def test_the_loss_scale_follows_deepspeeds_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    deepspeed_scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler", exc_type=ImportError)
+    monkeypatch.setattr(deepspeed_scaler.dist, "get_rank", lambda: 1)  # it logs overflows on rank 0
+    config = LossScaleConfig(initial_power=8, window=3, hysteresis=2)
+    ours = LossScaler(config, enabled=True, device=torch.device("cpu"))
+    theirs = deepspeed_scaler.DynamicLossScaler(
+        init_scale=2**8, scale_window=3, min_scale=1, delayed_shift=2, consecutive_hysteresis=False,
+        raise_error_at_min_scale=False,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    scales = []
+    for _ in range(200):
+        overflow = bool(torch.rand((), generator=generator) < 0.3)
+        ours.update(torch.tensor(overflow))
+        theirs.update_scale(overflow)
+        assert ours.scale.item() == theirs.cur_scale
+        scales.append(ours.scale.item())
+    assert len(set(scales)) > 4  # it went up and down
+    again = LossScaler(config, enabled=True, device=torch.device("cpu"))
+    again.load(ours.scalars())
+    assert again.scalars() == ours.scalars()
+
+
+def test_events_are_json_even_when_numbers_are_not_finite(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl", enabled=True)
+    log.write("step", step=1, loss=math.nan, grad_norm=math.inf)
+    log.close()
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"kind": "st')  # a crash in the middle of a line
+    assert read_events(tmp_path / "events.jsonl") == [{"kind": "step", "step": 1, "loss": "nan", "grad_norm": "inf"}]
+    json.loads((tmp_path / "events.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
+
+
+def _counting(tokens: torch.Tensor) -> torch.Tensor:
+    """Logits that favour the next number, over a vocabulary of 5."""
+    return torch.nn.functional.one_hot((tokens + 1) % 5, 5).float() * 3
+
+
+def test_sampling() -> None:
+    assert generate(_counting, [3], 4, block_size=8, temperature=0) == [3, 4, 0, 1, 2]
+    assert generate(_counting, [3], 20, block_size=8, top_k=1) == [(3 + i) % 5 for i in range(21)]
+    free = [generate(_counting, [3], 50, block_size=8, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    assert free[0] == free[1] != free[2]
+    assert set(free[0]) == {0, 1, 2, 3, 4}
+
+
+def test_sampling_shows_the_model_its_block_only() -> None:
+    lengths = []
+
+    def predict(tokens: torch.Tensor) -> torch.Tensor:
+        lengths.append(tokens.shape[1])
+        return _counting(tokens)
+
+    generate(predict, [1, 2, 3], 6, block_size=4)
+    assert lengths == [3, 4, 4, 4, 4, 4]
