@@ -55,6 +55,8 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv || fail "\`$python -m venv\` failed; on Debian and Ubuntu install the package python3-venv."
 fi
 
+rm -f .venv/zerofit-*.stamp # an installation that breaks off leaves none
+
 # Without a driver, the pin keeps pip from replacing the CPU build by gigabytes of CUDA libraries.
 constraint=()
 if has_nvidia_driver; then

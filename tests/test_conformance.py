@@ -35,7 +35,9 @@ MODEL = GPT2Config(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=65)
 SHAPES = MODEL.parameter_shapes()
 #: Partitions of this one's matrices are large enough to be swapped (1 MiB).
 SWAPPED_MODEL = GPT2Config(n_layer=1, n_head=2, n_embd=512, block_size=16, vocab_size=65)
-SAMPLES, ACCUMULATION, STEPS, LR, CLIP = 12, 3, 10, 1e-3, 0.5
+SAMPLES, ACCUMULATION, LR, CLIP = 12, 3, 1e-3, 0.5
+#: Steps before states are saved, and after.
+STEPS, LATER = 10, 3
 VARIANTS: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "ddp"},
     "zero1": {"strategy": "zero1"},
@@ -117,12 +119,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Trained:
-    """What one rank saw."""
+    """What one rank saw: steps, then its states, then more steps."""
 
     steps: list[StepResult]
     pieces: list[Piece]
     scalars: dict[str, float]
     memory: dict[str, int]
+    later: list[StepResult] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -156,27 +159,32 @@ def reader_of(states: States) -> Reader:
     return read
 
 
-def train(
-    world: World,
-    plan: Plan,
-    steps: Sequence[int],
-    states: States | None = None,
-    scalars: dict[str, float] | None = None,
-) -> Trained:
-    """Train the numbered steps from `states`, or from the initial weights."""
-    engine = build(plan, SPEC, world)
-    engine.load(reader_of(states) if states else initial_reader(SPEC, plan.model, plan.seed), scalars)
-    results = [engine.train_step(window(plan, step, world.rank), LR, step).read() for step in steps]
-    trained = Trained(results, pieces_of(engine), dict(engine.scalars()), dict(engine.memory()))
+def train(world: World, plan: Plan, steps: int = STEPS, later: int = 0) -> Trained:
+    """Train from the initial weights."""
+    engine = start(world, plan)
+    first = take_steps(engine, world, plan, range(steps))
+    pieces, scalars, memory = pieces_of(engine), dict(engine.scalars()), dict(engine.memory())
+    after = take_steps(engine, world, plan, range(steps, steps + later))
     engine.close()
-    return trained
+    return Trained(first, pieces, scalars, memory, after)
+
+
+def start(world: World, plan: Plan) -> Any:
+    """An engine with the initial weights."""
+    engine = build(plan, SPEC, world)
+    engine.load(initial_reader(SPEC, plan.model, plan.seed))
+    return engine
+
+
+def take_steps(engine: Any, world: World, plan: Plan, steps: Iterable[int]) -> list[StepResult]:
+    return [engine.train_step(window(plan, step, world.rank), LR, step).read() for step in steps]
 
 
 @functools.cache
 def trained(variant: str, precision: str = "fp32", gradient_dtype: str = "compute") -> list[Trained]:
     """All ranks' view of the common training run."""
     plan = make_plan(variant, precision=precision, gradient_dtype=gradient_dtype)
-    ranks: list[Trained] = run(plan.world_size, train, plan, range(STEPS))
+    ranks: list[Trained] = run(plan.world_size, train, plan, STEPS, LATER)
     return ranks
 
 
@@ -287,14 +295,13 @@ def test_zero3_shards_the_compute_copy() -> None:
     assert trained("zero3-cpu-parameters", "bf16")[0].memory["host_parameters"] == whole_copy // 2
 
 
-def reload(world: World, plan: Plan, states: States, scalars: dict[str, float]) -> Trained:
+def resume(world: World, plan: Plan, states: States, scalars: dict[str, float]) -> Trained:
     """What a fresh engine holds right after loading, its compute copy, and its next steps."""
-    engine: Any = build(plan, SPEC, world)
+    engine = build(plan, SPEC, world)
     engine.load(reader_of(states), scalars)
-    loaded = pieces_of(engine)
-    copies = compute_copy(engine)
-    results = [engine.train_step(window(plan, step, world.rank), LR, step).read() for step in range(STEPS, STEPS + 3)]
-    return Trained(results, loaded, dict(engine.scalars()), {}, {"compute_copy": copies})
+    loaded, copies = pieces_of(engine), compute_copy(engine)
+    later = take_steps(engine, world, plan, range(STEPS, STEPS + LATER))
+    return Trained([], loaded, dict(engine.scalars()), {}, later, {"compute_copy": copies})
 
 
 def compute_copy(engine: Any) -> dict[str, np.ndarray]:
@@ -310,14 +317,11 @@ def compute_copy(engine: Any) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("variant", ["single", *VARIANTS])
 def test_load_after_save_changes_nothing(variant: str, precision: str) -> None:
-    plan = make_plan(variant, precision=precision)
-    first = run(plan.world_size, train, plan, range(STEPS + 3))
-    before = trained(variant, precision)
-    saved, scalars = states_of(before), before[0].scalars
-    again: list[Trained] = run(plan.world_size, reload, plan, saved, scalars)
+    plan, before = make_plan(variant, precision=precision), trained(variant, precision)
+    saved = states_of(before)
+    again: list[Trained] = run(plan.world_size, resume, plan, saved, before[0].scalars)
     assert_same_states(states_of(again), saved)
-    assert again[0].steps == first[0].steps[STEPS:]
-    assert again[0].scalars == first[0].scalars
+    assert again[0].later == before[0].later
     half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     for name, values in again[0].extra["compute_copy"].items():
         rounded = torch.from_numpy(saved[name, "parameter"]).to(half).float().numpy()
@@ -326,12 +330,9 @@ def test_load_after_save_changes_nothing(variant: str, precision: str) -> None:
 
 @pytest.mark.parametrize(("writer", "reader"), [("zero3", "single"), ("single", "zero2-cpu"), ("zero2", "zero3")])
 def test_any_strategy_resumes_any_other(writer: str, reader: str) -> None:
-    before = trained(writer)
-    plan, straight = make_plan(reader), run(1, train, make_plan(), range(STEPS + 3))
-    after: list[Trained] = run(
-        plan.world_size, train, plan, range(STEPS, STEPS + 3), states_of(before), before[0].scalars
-    )
-    assert_close(after[0].steps, straight[0].steps[STEPS:], 1e-5, 1e-5)
+    before, plan = trained(writer), make_plan(reader)
+    after: list[Trained] = run(plan.world_size, resume, plan, states_of(before), before[0].scalars)
+    assert_close(after[0].later, trained("single")[0].later, 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("variant", ["ddp", "zero2", "zero3"])
@@ -348,7 +349,7 @@ def train_load_train(world: World, plan: Plan) -> list[list[StepResult]]:
     for _ in range(2):
         engine.load(initial_reader(SPEC, plan.model, plan.seed))
         assert engine.scalars()["optimizer_steps"] == 0
-        runs.append([engine.train_step(window(plan, step, world.rank), LR, step).read() for step in range(3)])
+        runs.append(take_steps(engine, world, plan, range(3)))
     assert engine.scalars()["optimizer_steps"] == 3
     return runs
 
@@ -358,7 +359,7 @@ def test_overflow_skips_the_step_and_halves_the_scale(variant: str) -> None:
     # 2^32 overflows fp16 gradients; the first overflow only uses up the hysteresis.
     loss_scale = {"initial_power": 32, "hysteresis": 2}
     plan = make_plan(variant, precision="fp16", loss_scale=loss_scale)
-    ranks: list[Trained] = run(2, train, plan, range(3))
+    ranks: list[Trained] = run(2, train, plan, 3)
     steps = ranks[0].steps
     assert [step.loss_scale for step in steps] == [2.0**32, 2.0**32, 2.0**31]
     assert all(step.skipped and not np.isfinite(step.grad_norm) for step in steps)
@@ -370,8 +371,15 @@ def test_overflow_skips_the_step_and_halves_the_scale(variant: str) -> None:
         assert not states[name, "exp_avg"].any()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("variant", ["single", *VARIANTS])
+@pytest.mark.parametrize(
+    ("variant", "precision"),
+    [
+        *((variant, "bf16") for variant in ("single", *VARIANTS)),
+        ("single", "fp32"),
+        ("zero2", "fp32"),
+        ("zero3", "fp32"),
+    ],
+)
 def test_a_gradient_that_is_not_finite_is_skipped_in_every_precision(variant: str, precision: str) -> None:
     plan = make_plan(variant, precision=precision)
     ranks: list[Trained] = run(plan.world_size, train_poisoned, plan)
@@ -388,8 +396,7 @@ def train_poisoned(world: World, plan: Plan) -> Trained:
 
     engine = build(plan, SPEC, world)
     engine.load(read)
-    result = engine.train_step(window(plan, 0, world.rank), LR, 0).read()
-    return Trained([result], pieces_of(engine), {}, {})
+    return Trained(take_steps(engine, world, plan, [0]), pieces_of(engine), {}, {})
 
 
 @each_variant
@@ -401,8 +408,7 @@ def test_a_window_without_weight_changes_nothing_but_decay(variant: str) -> None
 
 
 def step_on_padding(world: World, plan: Plan) -> tuple[StepResult, list[float]]:
-    engine = build(plan, SPEC, world)
-    engine.load(initial_reader(SPEC, plan.model, plan.seed))
+    engine = start(world, plan)
     tokens = torch.zeros(plan.micro_batch, MODEL.block_size, dtype=torch.int64)
     batch = Batch({"tokens": tokens, "targets": torch.full_like(tokens, -100)}, 0)
 
@@ -421,14 +427,13 @@ def step_on_padding(world: World, plan: Plan) -> tuple[StepResult, list[float]]:
     return result, [norm(), before]
 
 
-@each_variant
+@pytest.mark.parametrize("variant", ["ddp", "zero1", "zero3"])
 def test_wishes_of_one_rank_are_agreed_by_all(variant: str) -> None:
     assert run(2, wish, make_plan(variant)) == [STOP | SAVE] * 2
 
 
 def wish(world: World, plan: Plan) -> int:
-    engine = build(plan, SPEC, world)
-    engine.load(initial_reader(SPEC, plan.model, plan.seed))
+    engine = start(world, plan)
     wishes = STOP if world.rank else SAVE
     return engine.train_step(window(plan, 0, world.rank), LR, 0, wishes).read().wishes
 
@@ -439,17 +444,22 @@ def test_evaluation_and_prediction_leave_training_alone(variant: str) -> None:
     ranks = run(plan.world_size, train_and_evaluate, plan)
     steps, loss, weight, logits = ranks[0]
     assert steps == trained(variant)[0].steps[:4]
+    _, expected_loss, expected_weight, expected_logits = evaluated_in_one_process()
+    assert (loss, weight) == (pytest.approx(expected_loss, rel=1e-5), expected_weight)
+    np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-4)
+
+
+@functools.cache
+def evaluated_in_one_process() -> tuple[list[StepResult], float, int, np.ndarray]:
     (reference,) = run(1, train_and_evaluate, make_plan())
-    assert (loss, weight) == (pytest.approx(reference[1], rel=1e-5), reference[2])
-    np.testing.assert_allclose(logits, reference[3], rtol=0, atol=1e-4)
+    return reference
 
 
 def train_and_evaluate(world: World, plan: Plan) -> tuple[list[StepResult], float, int, np.ndarray]:
-    engine = build(plan, SPEC, world)
-    engine.load(initial_reader(SPEC, plan.model, plan.seed))
-    steps = []
+    engine = start(world, plan)
+    steps: list[StepResult] = []
     for step in range(4):
-        steps.append(engine.train_step(window(plan, step, world.rank), LR, step).read())
+        steps += take_steps(engine, world, plan, [step])
         loss = engine.eval_step(window(plan, 99, world.rank))["loss"]
         logits = engine.predict(Batch({"tokens": global_batch(99)[0][:1, :5]}, 0))
     return steps, loss.mean, loss.weight, logits.numpy()
@@ -465,8 +475,7 @@ def test_checkpointing_recomputes_the_blocks(variant: str) -> None:
 
 
 def count_forwards(world: World, plan: Plan) -> tuple[list[int], list[StepResult]]:
-    engine: Any = build(plan, SPEC, world)
-    engine.load(initial_reader(SPEC, plan.model, plan.seed))
+    engine = start(world, plan)
     counts = [0, 0]
     for index, block in enumerate(SPEC.blocks(engine.model)):
 
@@ -474,10 +483,11 @@ def count_forwards(world: World, plan: Plan) -> tuple[list[int], list[StepResult
             counts[index] += 1
 
         block.mlp.c_fc.register_forward_hook(count)
-    return counts, [engine.train_step(window(plan, step, world.rank), LR, step).read() for step in range(2)]
+    results = take_steps(engine, world, plan, range(2))
+    return counts, results
 
 
-@pytest.mark.parametrize("variant", ["single", *VARIANTS])
+@pytest.mark.parametrize("variant", ["single", "ddp", "zero2", "zero3"])
 def test_compile_wraps_every_unit(variant: str) -> None:
     plan = make_plan(variant, compile=True)
     assert run(plan.world_size, compiled_units, plan)[0] == [True] * 3
@@ -492,7 +502,7 @@ def compiled_units(world: World, plan: Plan) -> list[bool]:
 @pytest.mark.parametrize("variant", ["single", "ddp", "zero1", "zero2", "zero3"])
 def test_compiled_units_train_the_same(variant: str) -> None:
     plan = make_plan(variant, compile=True)
-    ranks: list[Trained] = run(plan.world_size, train, plan, range(3), timeout_seconds=500)
+    ranks: list[Trained] = run(plan.world_size, train, plan, 3, timeout_seconds=500)
     assert_close(ranks[0].steps, trained(variant)[0].steps[:3], 1e-5, 1e-5)
 
 
@@ -500,9 +510,9 @@ def test_compiled_units_train_the_same(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["zero2-cpu", "zero3-cpu"])
 def test_deepspeeds_cpu_kernel_trains_the_same(variant: str) -> None:
     plan = make_plan(variant, optimizer={"grad_clip": CLIP, "cpu_kernel": "deepspeed"})
-    ranks: list[Trained] = run(2, train, plan, range(STEPS), timeout_seconds=500)
+    ranks: list[Trained] = run(2, train, plan, timeout_seconds=500)
     assert_close(ranks[0].steps, trained("single")[0].steps, 1e-5, 1e-5)
-    again: list[Trained] = run(2, reload, plan, states_of(ranks), ranks[0].scalars)
+    again: list[Trained] = run(2, resume, plan, states_of(ranks), ranks[0].scalars)
     assert_same_states(states_of(again), states_of(ranks))
 
 
@@ -515,7 +525,7 @@ def test_nvme_offload_trains_the_same(parameters: str, tmp_path: Path) -> None:
     sub_groups = {"zero": {"pin_memory": False, "reduce_bucket_elements": 10_000, "persistence_threshold_elements": 32}}
     plan = make_plan("zero3", **fields, **offload, **sub_groups)
     ranks = run(2, train_and_reload_swapped, plan, timeout_seconds=500)
-    (reference,) = run(1, train, make_plan(**fields), range(3))
+    (reference,) = run(1, train, make_plan(**fields), 3)
     assert_close(ranks[0].steps, reference.steps, 1e-5, 1e-5)
     assert ranks[0].memory == state_bytes(plan)
     assert ranks[0].memory["host_master"] < 4 * SWAPPED_MODEL.parameter_count() // 10  # the rest is on the drive
@@ -525,16 +535,15 @@ def test_nvme_offload_trains_the_same(parameters: str, tmp_path: Path) -> None:
 
 
 def train_and_reload_swapped(world: World, plan: Plan) -> Trained:
-    engine: Any = build(plan, SPEC, world)
-    engine.load(initial_reader(SPEC, plan.model, plan.seed))
-    results = [engine.train_step(window(plan, step, world.rank), LR, step).read() for step in range(3)]
+    engine = start(world, plan)
+    results = take_steps(engine, world, plan, range(3))
     memory, pieces = dict(engine.memory()), pieces_of(engine)
     own = {(p.name, p.role, p.start): p.data for p in pieces}
     engine.load(lambda name, role, start, stop: torch.from_numpy(own[name, role, start]), engine.scalars())
     same = all(np.array_equal(own[p.name, p.role, p.start], p.data) for p in pieces_of(engine))
     files = sum(1 for _ in Path(engine.swap_folder).rglob("*.swp"))
     engine.close()
-    return Trained(results, [], {}, memory, {"same": same, "swapped_files": files})
+    return Trained(results, [], {}, memory, extra={"same": same, "swapped_files": files})
 
 
 def test_without_deepspeed_the_message_names_the_remedy() -> None:

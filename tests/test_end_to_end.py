@@ -221,16 +221,7 @@ def test_sigterm_saves_and_exits_4_and_the_run_goes_on(work: Path) -> None:
 
 def test_torchrun_starts_workers_without_us(work: Path) -> None:
     (work / "c.yaml").write_text(CONFIG.format(name="a"))
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        "0",
-    ]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "zerofit.training.worker", "c.yaml", "--strategy", "ddp"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], cwd=work, env=environment, capture_output=True, timeout=120)
