@@ -371,16 +371,9 @@ def test_overflow_skips_the_step_and_halves_the_scale(variant: str) -> None:
         assert not states[name, "exp_avg"].any()
 
 
-@pytest.mark.parametrize(
-    ("variant", "precision"),
-    [
-        *((variant, "bf16") for variant in ("single", *VARIANTS)),
-        ("single", "fp32"),
-        ("zero2", "fp32"),
-        ("zero3", "fp32"),
-    ],
-)
-def test_a_gradient_that_is_not_finite_is_skipped_in_every_precision(variant: str, precision: str) -> None:
+@pytest.mark.parametrize("variant", ["single", *VARIANTS])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_not_finite_is_skipped(variant: str, precision: str) -> None:
     plan = make_plan(variant, precision=precision)
     ranks: list[Trained] = run(plan.world_size, train_poisoned, plan)
     assert [step.skipped for step in ranks[0].steps] == [True]
@@ -487,7 +480,7 @@ def count_forwards(world: World, plan: Plan) -> tuple[list[int], list[StepResult
     return counts, results
 
 
-@pytest.mark.parametrize("variant", ["single", "ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("variant", ["single", "ddp", "zero2"])
 def test_compile_wraps_every_unit(variant: str) -> None:
     plan = make_plan(variant, compile=True)
     assert run(plan.world_size, compiled_units, plan)[0] == [True] * 3
@@ -499,7 +492,7 @@ def compiled_units(world: World, plan: Plan) -> list[bool]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("variant", ["single", "ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("variant", ["single", "ddp", "zero1", "zero2"])
 def test_compiled_units_train_the_same(variant: str) -> None:
     plan = make_plan(variant, compile=True)
     ranks: list[Trained] = run(plan.world_size, train, plan, 3, timeout_seconds=500)
