@@ -169,7 +169,6 @@ class Config(Section):
     @model_validator(mode="after")
     def _legal_combination(self) -> Config:
         _check_offload(self)
-        _check_precision(self)
         if self.compile and self.strategy == "zero3":
             raise ValueError(
                 "strategy zero3 with compile true: torch.compile traces DeepSpeed's gathering hooks, and on GPUs the "
@@ -203,11 +202,3 @@ def _check_offload(config: Config) -> None:
         )
     if "nvme" in (config.offload, config.offload_parameters) and config.nvme_path is None:
         raise ValueError("offload nvme needs a folder on a local NVMe drive: set nvme_path")
-
-
-def _check_precision(config: Config) -> None:
-    if config.gradient_dtype == "fp32" and config.strategy == "zero3" and config.precision == "fp16":
-        raise ValueError(
-            "strategy zero3 with precision fp16 and gradient_dtype fp32: DeepSpeed's ZeRO-3 keeps fp16 gradients; "
-            "use precision bf16, or gradient_dtype compute"
-        )

@@ -31,7 +31,7 @@ def print_choice(console: Console, config: Config, choice: Choice) -> None:
 
 
 def candidate_table(choice: Choice) -> Table:
-    """One row a strategy: the peak by item, and whether it fits."""
+    """One row a strategy: the peak, its largest parts, and whether it fits."""
     limit = format_bytes(choice.candidates[0].limit_bytes)
     table = Table(
         caption=f"Estimated bytes of one rank at its peak; it may use {limit}.",
@@ -39,19 +39,18 @@ def candidate_table(choice: Choice) -> Table:
         box=box.SIMPLE_HEAD,
     )
     table.add_column("strategy", no_wrap=True)
-    for name in ("batch", "states", "activ.", "other", "peak"):
+    for name in ("batch", "states", "activations", "peak"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fits")
     for candidate in choice.candidates:
         items = candidate.items
         states = sum(size for name, size in items.items() if name in candidate.plan.state_bytes or name == "gradients")
         activations = items["activations"] + items["logits"]
-        sizes = (states, activations, candidate.peak_bytes - states - activations, candidate.peak_bytes)
         chosen = candidate.plan.strategy == choice.plan.strategy and candidate.plan.offload == choice.plan.offload
         table.add_row(
             ("> " if chosen else "  ") + describe(candidate.plan),
             str(candidate.plan.micro_batch),
-            *(format_bytes(size) for size in sizes),
+            *(format_bytes(size) for size in (states, activations, candidate.peak_bytes)),
             "yes" if candidate.fits else "no",
             style="bold" if chosen else None,
         )
