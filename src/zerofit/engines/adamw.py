@@ -89,13 +89,15 @@ class FlatAdamW:
         self.scratch_elements = largest
 
     def gradient_norm(self) -> Tensor:
-        """L2 norm of all gradients as they are (scaled), accumulated in fp32; a scalar on the device."""
+        """L2 norm of all gradients as they are (scaled), in fp32; a scalar on the device."""
         gradients = [
             g for group in self.groups for slot in group.slots if (g := self.gradient_of(slot.parameter)) is not None
         ]
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        # The CPU adds in sequence, which in fp32 costs five digits on large tensors; the GPU adds in trees.
+        dtype = torch.float64 if gradients[0].device.type == "cpu" else torch.float32
+        norms = torch._foreach_norm(gradients, 2, dtype=dtype)
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        return total
+        return total.float()
 
     @torch.no_grad()
     def step(self, lr: float, grad_divisor: Tensor, found_inf: Tensor) -> None:
