@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ global_batch: 2
 eval_batches: 1
 eval_interval: 2
 """
+
+LATE_WORKER = "from zerofit.training.worker import main; sys.exit(main())"
 
 
 @pytest.fixture
@@ -69,6 +72,22 @@ def test_a_dry_run_prints_the_plan_and_leaves_no_run_folder(folder: Path) -> Non
     assert "global batch 2 = micro-batch 2" in done.stdout
     assert "nothing was started" in done.stdout
     assert not (folder / "runs").exists()
+
+
+def test_late_ranks_still_hear_why_nothing_is_started(folder: Path) -> None:
+    """Rank 0 hosts the store here, as under srun: it must not leave before the others have read."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in (0, 1):
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank)}
+        environment = {**os.environ, **address, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "zerofit.training.worker", "tiny.yaml", "--device", "cpu", "--dry-run"]
+        if rank:
+            command = [sys.executable, "-c", f"import time, sys; time.sleep(5); {LATE_WORKER}", *command[3:]]
+        ranks.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL))
+    assert [rank.wait(timeout=90) for rank in ranks] == [0, 0]
 
 
 @pytest.fixture

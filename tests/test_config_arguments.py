@@ -64,6 +64,7 @@ def test_arguments(line: str, request_: Request | None) -> None:
         ("--no-compile=1", "takes no value"),
         ("--learning-rte 1", "nearest known key is optimizer.learning_rate"),
         ("--no-compil", "nearest known key is compile"),
+        ("--no-such-key", r"\(--no-such-key\): 'such_key' is not a configuration key"),
     ],
 )
 def test_refusals(line: str, complaint: str) -> None:

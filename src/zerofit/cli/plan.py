@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from ..errors import ConfigError
+
 
 def run_plan(arguments: Sequence[str]) -> None:
     """Print the candidates and the choice for a configuration on this machine; starts and writes nothing."""
@@ -18,6 +20,11 @@ def run_plan(arguments: Sequence[str]) -> None:
     from ..planning.hardware import probe
 
     request = parse_arguments(arguments)
+    if request.resume or request.run or request.dry_run:
+        raise ConfigError(
+            "`zerofit plan` was given --resume, --run or --dry-run, which belong to `zerofit train`: a plan starts and "
+            "continues nothing. Leave them away, or write `zerofit train … --dry-run`."
+        )
     config = load_config(request.source, request.preset, request.overrides).config
     if config.model.vocab_size is None:
         model = config.model.model_copy(update={"vocab_size": vocabulary_size(config.data.path)})

@@ -100,7 +100,7 @@ def _read_key(request: Request, option: str, attached: str | None, waiting: dequ
     """The request with one more override; a boolean key needs no value."""
     name = option.removeprefix("--").replace("-", "_")
     if name.startswith("no_"):
-        key = find_key(name.removeprefix("no_"), COMMAND_LINE)
+        key = find_key(name.removeprefix("no_"), f"{COMMAND_LINE} ({option})")
         if not key.is_boolean or attached is not None:
             raise ConfigError(
                 f"{option} was given, and the --no- form turns off a key that is true or false and takes no value; "

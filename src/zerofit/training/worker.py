@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +31,9 @@ from .start import PreparedRun, prepare_run
 #: The store's key, and how long rank 0 may take to tokenise before the others give up.
 RUN_KEY = "zerofit/run"
 PREPARE_TIMEOUT_SECONDS = 24 * 3600
+#: Counts the ranks that have read it; and how long a rank 0 that has nothing more to do keeps the store alive for them.
+READERS_KEY = "zerofit/run/readers"
+READ_TIMEOUT_SECONDS = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,12 +72,15 @@ def _agree_on_run(arguments: list[str], store: Store | None, rank: int) -> Prepa
         message, error = _prepare(arguments)
         if store is not None:
             store.set(RUN_KEY, json.dumps(message))
+            if "plan" not in message:
+                _wait_for_readers(store)
         if error is not None:
             raise error
     else:
         assert store is not None
         store.wait([RUN_KEY], timedelta(seconds=PREPARE_TIMEOUT_SECONDS))
         message = cast(_Message, json.loads(store.get(RUN_KEY)))
+        store.add(READERS_KEY, 1)
     if "error" in message:
         refusal = ZerofitError(message["error"])
         refusal.exit_code = message["exit_code"]
@@ -81,6 +88,13 @@ def _agree_on_run(arguments: list[str], store: Store | None, rank: int) -> Prepa
     if "plan" not in message:
         return None
     return PreparedRun(Path(message["folder"]), Plan.model_validate_json(message["plan"]), message["resume"])
+
+
+def _wait_for_readers(store: Store) -> None:
+    """Rank 0 may host the store: it stays until the others have read why nothing is started, or are late."""
+    others, deadline = int(os.environ.get("WORLD_SIZE", "1")) - 1, time.monotonic() + READ_TIMEOUT_SECONDS
+    while store.add(READERS_KEY, 0) < others and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _prepare(arguments: list[str]) -> tuple[_Message, ZerofitError | None]:
