@@ -67,7 +67,7 @@ def run_all(args: argparse.Namespace) -> None:
     from zerofit.launch.trials import Trial, run_trial
 
     names = args.cases.split(",") if args.cases else [n for n, c in CASES.items() if _suits(c, args)]
-    results: dict[str, Any] = {"date": date.today().isoformat(), "command": sys.argv, "cases": {}}
+    results: dict[str, Any] = {"date": date.today().isoformat(), "gpus": args.gpus, "cases": {}}
     print(f"{'case':22} {'ms/step':>9} {'tokens/s':>10} {'MFU':>6} {'alloc GiB':>9} {'reserved':>9}  note", flush=True)
     for name in names:
         gpus = CASES[name].get("gpus", args.gpus)

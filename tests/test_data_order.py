@@ -98,7 +98,7 @@ def test_evaluation_counts_each_sample_once_on_any_number_of_ranks(world_size: i
     seen: list[list[int]] = []
     lengths = set()
     for rank in range(world_size):
-        window = evaluation_window(dataset, Share(12 // world_size, 1, rank, world_size), batches=5)
+        window = list(evaluation_window(dataset, Share(12 // world_size, 1, rank, world_size), batches=5))
         lengths.add(len(window))
         for batch in window:
             rows = batch.inputs["targets"][:, 0] != IGNORE

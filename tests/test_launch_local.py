@@ -22,6 +22,7 @@ import pytest
 from zerofit.launch import ranks
 from zerofit.launch.local import exit_code, launch, report
 from zerofit.launch.ranks import Outcome
+from zerofit.planning.hardware import cpu_cores
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals as on Unix")
 
@@ -93,7 +94,7 @@ def test_ranks_see_the_environment_of_torchrun(tmp_path: Path, module: Write, mo
         "LOCAL_WORLD_SIZE": "3",
         "MASTER_ADDR": "127.0.0.1",
         "EXTRA": "1",
-        "OMP_NUM_THREADS": str(max(1, ranks._cores() // 3)),
+        "OMP_NUM_THREADS": str(max(1, cpu_cores() // 3)),
     }.items():
         assert {e[variable] for e in seen} == {value}
     assert len({e["MASTER_PORT"] for e in seen}) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -81,20 +82,17 @@ class TrainLoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def evaluation_window(dataset: TokenDataset, share: Share, batches: int) -> list[Batch]:
+def evaluation_window(dataset: TokenDataset, share: Share, batches: int) -> Iterator[Batch]:
     """This rank's part of `batches` global batches spread evenly over the split.
 
     The samples do not depend on the number of ranks; where they do not divide evenly the rest is padding of weight 0,
-    so that every sample counts once and every rank brings equally many batches.
+    so that every sample counts once and every rank brings equally many batches. Read as they are asked for.
     """
-    windows = dataset.window(dataset.spread_starts(batches * share.global_batch))
-    stride = share.micro_batch * share.world_size
-    out = []
-    for first in range(0, len(windows), stride):
-        start = first + share.rank * share.micro_batch
-        mine = windows[start : min(start + share.micro_batch, first + stride)]
-        out.append(_padded(collate(mine), share.micro_batch))
-    return out
+    starts = dataset.spread_starts(batches * share.global_batch)
+    for first in range(0, len(starts), share.micro_batch * share.world_size):
+        mine = first + share.rank * share.micro_batch
+        windows = dataset.window(starts[mine : mine + share.micro_batch])
+        yield _padded(collate(windows), share.micro_batch)
 
 
 def _padded(batch: Batch, size: int) -> Batch:

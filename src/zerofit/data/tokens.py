@@ -61,7 +61,7 @@ def open_tokens(folder: Path, split: str) -> NDArray[Any]:
 
 
 def vocabulary_size(folder: Path) -> int:
-    """Tokens in the vocabulary: from ``meta.json``, else from the largest id in the files (said by the caller)."""
+    """Tokens in the vocabulary: from ``meta.json``, else from the largest id in the files."""
     meta = read_meta(folder)
     if "vocab_size" in meta:
         return int(meta["vocab_size"])

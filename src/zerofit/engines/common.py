@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,15 +119,17 @@ def close_step(
 
 
 @torch.no_grad()
-def evaluate_window(model: nn.Module, window: Sequence[Batch], world: World) -> Mapping[str, LossSum]:
+def evaluate_window(model: nn.Module, window: Iterable[Batch], world: World) -> Mapping[str, LossSum]:
     """Loss sums over the window and all ranks. Collective. Leaves the model in training mode."""
     sums: dict[str, Tensor] = {}
+    weight_here = 0
     model.eval()
     for batch in window:
+        weight_here += batch.weight
         for name, value in model(**to_device(batch, world.device)).items():
             sums[name] = sums[name] + value.double() if name in sums else value.double()
     model.train()
-    weight = torch.tensor(float(sum(batch.weight for batch in window)), dtype=torch.float64, device=world.device)
+    weight = torch.tensor(float(weight_here), dtype=torch.float64, device=world.device)
     figures = torch.stack([weight, *sums.values()])
     if world.world_size > 1:
         dist.all_reduce(figures)

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+from ..planning.hardware import cpu_cores
 from .diagnose import OWN_EXIT_CODES, oom_kills
 
 WINDOWS = sys.platform == "win32"
@@ -274,7 +275,7 @@ def _shared_environment(processes: int, environment: Mapping[str, str]) -> dict[
     # torchrun gives every rank one thread, which leaves most cores of a CPU run idle. Unbuffered output and
     # faulthandler: the last lines of a rank that was killed or crashed reach its log.
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, _cores() // processes)),
+        "OMP_NUM_THREADS": str(max(1, cpu_cores() // processes)),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
     }
@@ -289,13 +290,6 @@ def _shared_environment(processes: int, environment: Mapping[str, str]) -> dict[
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
     }
-
-
-def _cores() -> int:
-    """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _free_port() -> int:

@@ -53,8 +53,12 @@ class Choice:
 
     plan: Plan
     candidates: tuple[Candidate, ...]
-    split: BatchSplit
     warnings: tuple[str, ...]
+
+    @property
+    def split(self) -> BatchSplit:
+        """How the plan spreads its batch."""
+        return BatchSplit(self.plan.micro_batch, self.plan.accumulation_steps, self.plan.world_size)
 
 
 def choose(config: Config, hardware: Hardware) -> Choice:
@@ -90,8 +94,7 @@ def choose(config: Config, hardware: Hardware) -> Choice:
     if config.compile and not chosen.plan.compile:
         warnings.append("compile is off: under ZeRO-3 it gives wrong gradients on GPUs (docs/experiments.md).")
     plan = chosen.plan.model_copy(update={"reason": _reason(config, chosen, candidates)})
-    split = BatchSplit(plan.micro_batch, plan.accumulation_steps, world_size)
-    return Choice(plan, tuple(candidates), split, tuple(warnings))
+    return Choice(plan, tuple(candidates), tuple(warnings))
 
 
 def _first_that_fits(options: Iterator[Candidate]) -> Candidate:

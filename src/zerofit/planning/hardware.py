@@ -45,7 +45,7 @@ def probe() -> Hardware:
     """Read this machine: NVML for GPUs (``CUDA_VISIBLE_DEVICES`` respected), /proc and the control group for memory."""
     return Hardware(
         gpus=tuple(_visible_gpus()),
-        cpu_cores=_cpu_cores(),
+        cpu_cores=cpu_cores(),
         host_memory_bytes=_host_memory_bytes(),
         system=platform.system(),
         has_deepspeed=importlib.util.find_spec("deepspeed") is not None,
@@ -95,7 +95,8 @@ def _describe(pynvml: object, handle: object) -> Gpu:
     )
 
 
-def _cpu_cores() -> int:
+def cpu_cores() -> int:
+    """CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +77,3 @@ class Plan(Section):
     def mixed(self) -> bool:
         """True when the compute copy is half precision and the masters are fp32."""
         return self.precision != "fp32"
-
-    def digest(self) -> str:
-        """Hash of the plan's bytes: every rank must hold the same."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()

@@ -32,7 +32,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All whole events of a file; a torn last line (a crash) is left out."""
+    """All whole events of a file; a line that a crash tore is left out."""
     events = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

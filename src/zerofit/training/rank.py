@@ -45,7 +45,7 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         splits = {split: open_split(config.data.path, split, plan.model, config.seed) for split in SPLITS}
         loader = TrainLoader(splits["train"], share, pin_memory=plan.device == "cuda")
         cleanup.callback(loader.close)
-        evaluator = Evaluator({s: evaluation_window(d, share, config.eval_batches) for s, d in splits.items()})
+        evaluator = Evaluator({s: list(evaluation_window(d, share, config.eval_batches)) for s, d in splits.items()})
         events = EventLog(run / "events.jsonl", world.is_main)
         cleanup.callback(events.close)
         display = open_display(world.is_main, config.max_steps, progress.step, config.log_interval)

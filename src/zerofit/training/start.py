@@ -52,12 +52,23 @@ def with_data(resolved: ResolvedConfig, console: Console) -> ResolvedConfig:
     if config.data.prepare and not is_prepared(config.data.path):
         console.print(f"Preparing {', '.join(config.data.prepare)} …", highlight=False, soft_wrap=True)
         console.print(prepare(config.data).describe(), highlight=False, soft_wrap=True)
-    if config.model.vocab_size is None:
-        model = config.model.model_copy(update={"vocab_size": vocabulary_size(config.data.path)})
-        config = config.model_copy(update={"model": model})
-        resolved = ResolvedConfig(config, {**resolved.origins, "model.vocab_size": f"data {config.data.path}"})
-    check_data(config.data.path, config.model)
+    resolved = with_vocabulary(resolved)
+    check_data(config.data.path, resolved.config.model)
     return resolved
+
+
+def with_vocabulary(resolved: ResolvedConfig) -> ResolvedConfig:
+    """The configuration with the vocabulary of its prepared data, unless it names one itself.
+
+    Raises:
+        DataError: the data is missing.
+    """
+    config = resolved.config
+    if config.model.vocab_size is not None:
+        return resolved
+    model = config.model.model_copy(update={"vocab_size": vocabulary_size(config.data.path)})
+    origins = {**resolved.origins, "model.vocab_size": f"data {config.data.path}"}
+    return ResolvedConfig(config.model_copy(update={"model": model}), origins)
 
 
 def make_plan(config: Config, console: Console) -> tuple[Choice, Hardware]:
