@@ -133,6 +133,13 @@ def test_auto_turns_compile_off_where_it_gives_wrong_gradients() -> None:
     assert any("compile" in warning for warning in choice.warnings)
 
 
+def test_without_a_gpu_offloading_saves_nothing() -> None:
+    def peak(offload: str) -> int:
+        return choose(config(XL, strategy="zero2", offload=offload), machine(0)).candidates[0].peak_bytes
+
+    assert peak("cpu") > peak("none")
+
+
 @given(gpus=st.sampled_from([1, 2, 3, 4, 8]), micro=st.sampled_from([1, 2, 4]))
 def test_the_estimate_is_monotonic(gpus: int, micro: int) -> None:
     def items(**settings: object) -> dict[str, int]:

@@ -41,7 +41,9 @@ def _replicated_state_bytes(plan: Plan) -> dict[str, int]:
 
 def peak_items(plan: Plan) -> dict[str, int]:
     """Estimated bytes on the GPU at the peak, by item (on the CPU: of the process). Coarse; see the module."""
-    items = {name: size for name, size in plan.state_bytes.items() if not name.startswith("host_")}
+    # Without a GPU, what is offloaded lies in the same memory.
+    counts_host = plan.device == "cpu"
+    items = {name: size for name, size in plan.state_bytes.items() if counts_host or not name.startswith("host_")}
     p, h = plan.parameters, 2 if plan.mixed else 4
     items["gradients"] = max(items.get("gradients", 0), _gradient_bytes(plan, h))
     items["activations"] = _activation_bytes(plan, h)
