@@ -91,9 +91,8 @@ class World:
 
 #: Bits of ``wishes``: what a rank asks of all ranks. A wish of any rank is agreed by all, in `StepResult.wishes`.
 STOP = 1
-DISK_FULL = 2
-SAVE = 4
-WISHES = (STOP, DISK_FULL, SAVE)
+SAVE = 2
+WISHES = (STOP, SAVE)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from ..errors import CheckpointError
 from ..models import model_spec
 from ..models.base import ModelSpec, named_unique_parameters
 from ..types import Reader
-from .store import Saved
+from .manifest import check_same_model
+from .source import Source
 
 
 def initial_reader(spec: ModelSpec[Any], config: Any, seed: int) -> Reader:
@@ -35,37 +36,46 @@ def initial_reader(spec: ModelSpec[Any], config: Any, seed: int) -> Reader:
     return read
 
 
-def saved_model_config(saved: Saved) -> ModelConfig:
-    """The model's shape, as the run recorded it."""
-    config: ModelConfig = TypeAdapter(ModelConfig).validate_python(saved.state["model"])
+def parameters_only(read: Reader) -> Reader:
+    """`read` without its moments."""
+    return lambda name, role, start, stop: read(name, role, start, stop) if role == "parameter" else None
+
+
+def model_config(source: Source) -> ModelConfig:
+    """The model's shape, as the checkpoint tells it.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    found = source.state.get("model")
+    if found is None:
+        raise CheckpointError(
+            f"{source.folder} does not tell the shape of its model. Name a configuration with the model section."
+        )
+    config: ModelConfig = TypeAdapter(ModelConfig).validate_python(found)
     return config
 
 
-def check_same_model(saved: Saved, config: ModelConfig) -> None:
-    """Refuse a checkpoint of another model.
+def load_model(
+    source: Source, device: torch.device | str = "cpu", config: ModelConfig | None = None
+) -> tuple[nn.Module, ModelConfig]:
+    """The plain fp32 module in evaluation mode, and its config.
+
+    Args:
+        source: where the weights are.
+        device: where they go.
+        config: the shape; by default what the source tells.
 
     Raises:
-        CheckpointError: names the first parameter that differs, with both shapes.
+        CheckpointError: the source holds another model, or not all of it.
     """
-    there, wanted = saved.shapes(), config.parameter_shapes()
-    for name in sorted(there.keys() | wanted.keys()):
-        if there.get(name) != wanted.get(name):
-            raise CheckpointError(
-                f"Checkpoint {saved.folder} is of another model: {name} has the shape "
-                f"{there.get(name, 'absent')} there and {wanted.get(name, 'absent')} in this configuration. Resume "
-                f"with the model section of the run that wrote it."
-            )
-
-
-def load_model(saved: Saved, device: torch.device | str = "cpu") -> tuple[nn.Module, ModelConfig]:
-    """The plain fp32 module in evaluation mode, and its config."""
-    config = saved_model_config(saved)
-    check_same_model(saved, config)
+    config = config or model_config(source)
+    check_same_model(source.folder, source.shapes(), config)
     model = model_spec(config.kind).build(config)
     with torch.no_grad():
         for name, parameter in named_unique_parameters(model).items():
-            values = saved.read(name, "parameter", 0, math.prod(parameter.shape))
+            values = source.read(name, "parameter", 0, math.prod(parameter.shape))
             if values is None:
-                raise CheckpointError(f"Checkpoint {saved.folder} holds no parameter {name}.")
+                raise CheckpointError(f"Checkpoint {source.folder} holds no parameter {name}.")
             parameter.copy_(values.view(parameter.shape))
     return model.to(device).eval(), config

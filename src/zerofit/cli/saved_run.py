@@ -15,15 +15,15 @@ def open_run(run: Path, which: str) -> Saved:
     """The checkpoint of a run folder, or of a step folder given directly; imports torch.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
-    from ..checkpoint.store import MANIFEST, find_checkpoint, open_checkpoint
+    from ..checkpoint.manifest import MANIFEST
+    from ..checkpoint.retention import find_whole
+    from ..checkpoint.store import open_checkpoint
 
-    if (run / MANIFEST).is_file():
-        return open_checkpoint(run)
     if not run.is_dir():
         raise CheckpointError(f"No run folder {run}. Give a folder under runs/, or a step folder of its checkpoints.")
-    return open_checkpoint(find_checkpoint(run, which))
+    return open_checkpoint(find_whole(run, str(run) if (run / MANIFEST).is_file() else which).folder)
 
 
 def data_folder(saved: Saved, given: Path | None) -> Path:

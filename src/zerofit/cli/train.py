@@ -23,9 +23,11 @@ def run_train(arguments: Sequence[str]) -> None:
     request = parse_arguments(arguments)
     _refuse_what_train_lacks(request)
     resolved = load_config(request.source, request.preset, request.overrides)
-    prepared = prepare_run(resolved, default_name=request.default_name, resume=request.resume, dry_run=request.dry_run)
+    prepared = prepare_run(resolved, request)
     if prepared is not None:
-        raise typer.Exit(launch(prepared.processes, prepared.worker_arguments, log_dir=prepared.log_dir))
+        held = [prepared.lock.handle] if prepared.lock else []
+        code = launch(prepared.processes, prepared.worker_arguments, log_dir=prepared.log_dir, inherited=held)
+        raise typer.Exit(code)
 
 
 def _refuse_what_train_lacks(request: Request) -> None:

@@ -23,7 +23,9 @@ class Request:
         source: the configuration file.
         preset: the preset's name.
         overrides: full key and text, in the order typed.
-        resume: ``latest``, ``best`` or a checkpoint's path; None to start anew.
+        resume: ``latest``, ``best``, a tag, a step or a checkpoint's path; None to start anew.
+        load_checkpoint: a checkpoint of zerofit's or of another tool, that a new run starts from.
+        weights_only: take its weights alone, with a fresh optimizer and schedule.
         dry_run: stop before anything is started.
         run: a prepared run folder (what ``train`` hands to its workers).
         as_json: print for programs.
@@ -34,6 +36,8 @@ class Request:
     preset: str | None = None
     overrides: tuple[tuple[str, str], ...] = ()
     resume: str | None = None
+    load_checkpoint: Path | None = None
+    weights_only: bool = False
     dry_run: bool = False
     run: Path | None = None
     as_json: bool = False
@@ -90,6 +94,10 @@ def _read_option(request: Request, option: str, attached: str | None, waiting: d
             return replace(request, run=Path(_value(option, attached, waiting)))
         case "resume":
             return replace(request, resume=attached or (waiting.popleft() if _resume_follows(waiting) else "latest"))
+        case "load_checkpoint":
+            return replace(request, load_checkpoint=Path(_value(option, attached, waiting)))
+        case "weights_only":
+            return replace(request, weights_only=_switch(option, attached))
         case "local_rank":
             _value(option, attached, waiting)
             return request

@@ -157,8 +157,14 @@ class Config(Section):
     """Steps between checkpoints, ``epoch``, every ``evaluation``, or ``never``. The last step too."""
     save_on_improvement: bool = True
     """Save and point ``best`` to it when the validation loss improves."""
+    save_asynchronously: bool = True
+    """Write checkpoints while training goes on; takes a rank's share of the states in host memory once more."""
     keep_checkpoints: Positive = 2
-    """Newest checkpoints to keep, beside ``best`` and ``final``."""
+    """Newest checkpoints to keep, beside ``best``, ``final`` and what ``zerofit checkpoint tag`` named."""
+    keep_every: Positive | None = None
+    """Keep every checkpoint whose step is a multiple of this, too."""
+    keep_best: Positive | None = None
+    """Keep this many checkpoints with the lowest validation loss, too."""
     sample_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of text to generate and print when training ends; 0 for none."""
     sample_prompt: str = "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,17 @@ def check_data(folder: Path, model: GPT2Config) -> None:
                 f"{folder / split}.bin holds the token {largest}, beyond model.vocab_size {vocab_size}. The data was "
                 f"made with another tokenizer: set model.vocab_size {largest + 1} or more, or prepare it again."
             )
+
+
+def fingerprint(folder: Path) -> dict[str, dict[str, Any]]:
+    """Split -> number of tokens and SHA-256 of its first and last MiB: tells other data without reading all of it."""
+    found = {}
+    for split in SPLITS:
+        tokens = open_tokens(folder, split)
+        per_mib = (1 << 20) // tokens.itemsize
+        ends = hashlib.sha256(tokens[:per_mib].tobytes() + tokens[-per_mib:].tobytes())
+        found[split] = {"tokens": len(tokens), "ends_sha256": ends.hexdigest()}
+    return found
 
 
 class TokenDataset:

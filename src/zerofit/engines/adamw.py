@@ -175,8 +175,8 @@ class FlatAdamW:
         """The share of rank `rank` when all hold the same: an equal interval of each group."""
         for group in self.groups:
             start, stop = (group.elements * r // world_size for r in (rank, rank + 1))
-            for slot, low, high in group.pieces(start, stop):
-                for role, flat in group.tensors.items():
+            for role, flat in group.tensors.items():  # so that neighbours in memory follow each other
+                for slot, low, high in group.pieces(start, stop):
                     data = flat[slot.start + low : slot.start + high]
                     yield Fragment(slot.name, role, tuple(slot.parameter.shape), low, data)
 

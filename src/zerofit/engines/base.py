@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -42,6 +42,9 @@ class Engine(Protocol):
     def fragments(self) -> Iterator[Fragment]:
         """What this rank holds. The union over ranks covers every element of every tensor exactly once. Collective
         only in the sense that every rank should iterate; no communication."""
+
+    def hold_updates(self, wait: Callable[[], None]) -> None:
+        """Call `wait` once, before what `fragments` shows changes next: somebody is still copying it."""
 
     def scalars(self) -> Scalars:
         """What is remembered beside tensors; the same on every rank."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,8 +65,24 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
 
 
+class HeldUpdates:
+    """Keeps an optimizer from changing states that somebody is still copying."""
+
+    def __init__(self) -> None:
+        self._waits: list[Callable[[], None]] = []
+
+    def hold(self, wait: Callable[[], None]) -> None:
+        """`release` will call `wait`, once."""
+        self._waits.append(wait)
+
+    def release(self) -> None:
+        """Call before every update."""
+        while self._waits:
+            self._waits.pop()()
+
+
 def open_step(window: Sequence[Batch], wishes: int, world: World) -> Tensor:
-    """Agree on the window: all-reduce ``[weight, stop, disk_full, save]``, int64, on the device. Collective."""
+    """Agree on the window: all-reduce ``[weight, stop, save]``, int64, on the device. Collective."""
     weight = sum(batch.weight for batch in window)
     agreed = torch.tensor([weight, *(int(bool(wishes & bit)) for bit in WISHES)], dtype=torch.int64)
     agreed = agreed.to(world.device, non_blocking=True)

@@ -6,7 +6,7 @@ rank (`adamw`). ``gradient_dtype: fp32`` accumulates and reduces in fp32 instead
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,6 +29,7 @@ class DDPEngine:
 
     def __init__(self, plan: Plan, spec: ModelSpec[Any], world: World) -> None:
         self.plan, self.world = plan, world
+        self.held = common.HeldUpdates()
         self.model = common.build_model(plan, spec, world.device)
         common.compile_units(plan, spec, self.model)
         self.parameters = named_unique_parameters(self.model)
@@ -70,6 +71,7 @@ class DDPEngine:
             dist.all_reduce(self.fp32_gradients)
             self.fp32_gradients /= self.world.world_size
         scale = self.scaler.scale.clone()
+        self.held.release()
         grad_norm = self.optimizer.gradient_norm() / scale.float()
         overflow = ~torch.isfinite(grad_norm)
         clip = self.plan.optimizer.grad_clip
@@ -110,6 +112,9 @@ class DDPEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         return self.optimizer.fragments(self.world.rank, self.world.world_size)
+
+    def hold_updates(self, wait: Callable[[], None]) -> None:
+        self.held.hold(wait)
 
     def scalars(self) -> Scalars:
         own = {"optimizer_steps": self.optimizer.applied_steps}

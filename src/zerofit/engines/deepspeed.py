@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +40,7 @@ class DeepSpeedEngine:
 
     def __init__(self, plan: Plan, spec: ModelSpec[Any], world: World) -> None:
         self.world = world
+        self.held = common.HeldUpdates()
         self.deepspeed = import_deepspeed(plan, world)
         self.swap_folder = _new_swap_folder(plan)
         self.plan = plan if self.swap_folder is None else plan.model_copy(update={"nvme_path": self.swap_folder})
@@ -88,9 +89,11 @@ class DeepSpeedEngine:
         self.zero.set_lr(lr)
         loss_sum = torch.zeros((), device=self.world.device)
         with _translated(self.deepspeed):
-            for batch in window:
+            for index, batch in enumerate(window):
                 loss = self.engine(**common.to_device(batch, self.world.device))["loss"]
                 self.engine.backward(loss * factor, scale_wrt_gas=False)
+                if index == len(window) - 1:
+                    self.held.release()
                 self.engine.step()  # only counts until the window is full
                 loss_sum += loss.detach()
         return self._close(agreed, loss_sum)
@@ -119,6 +122,9 @@ class DeepSpeedEngine:
     def fragments(self) -> Iterator[Fragment]:
         for partition in self.layout.partitions:
             yield from partition.fragments()
+
+    def hold_updates(self, wait: Callable[[], None]) -> None:
+        self.held.hold(wait)
 
     def scalars(self) -> Scalars:
         own = {"optimizer_steps": float(self.layout.partitions[0].state["step"])}

@@ -19,6 +19,7 @@ def launch(
     log_dir: Path,
     module: str = "zerofit.training.worker",
     environment: Mapping[str, str] | None = None,
+    inherited: Sequence[int] = (),
 ) -> int:
     """Run ``python -m module arguments`` as ``processes`` ranks, to the end, and report a rank that died.
 
@@ -31,13 +32,14 @@ def launch(
         log_dir: is created; logs of an earlier start are overwritten.
         module: what every rank runs.
         environment: added to this process's environment.
+        inherited: open files that the ranks keep open too (the run's lock).
 
     Returns:
         0 when every rank succeeded; 2, 3 or 4 when the ranks ended with it (and have said why); else 1, and what
         happened stands on standard error.
     """
     command = [sys.executable, "-m", module, *arguments]
-    outcome = run_ranks(command, processes, log_dir=log_dir, environment=environment)
+    outcome = run_ranks(command, processes, log_dir=log_dir, environment=environment, inherited=inherited)
     code = exit_code(outcome)
     if code == 1:
         print(report(outcome, log_dir), file=sys.stderr)

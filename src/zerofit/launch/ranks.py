@@ -77,6 +77,7 @@ def run_ranks(
     environment: Mapping[str, str] | None = None,
     terminal: bool = True,
     time_limit_seconds: float = float("inf"),
+    inherited: Sequence[int] = (),
 ) -> Outcome:
     """Run ``processes`` copies of ``command`` as the ranks of one job, to the end.
 
@@ -93,11 +94,12 @@ def run_ranks(
         terminal: rank 0 keeps standard output, and its standard error is copied to the log. Otherwise rank 0 writes
             to its log like the others.
         time_limit_seconds: after that everything is killed.
+        inherited: open files that the ranks keep open too (a lock).
     """
     before = oom_kills() or 0
     started = time.monotonic()
     with _received_signals() as received:
-        ranks = _Ranks(command, processes, log_dir, environment or {}, terminal)
+        ranks = _Ranks(command, processes, log_dir, environment or {}, terminal, inherited)
         try:
             watch = _Watch(ranks, received, started + time_limit_seconds)
             while watch.step():
@@ -174,13 +176,20 @@ class _Ranks:
     """The processes themselves."""
 
     def __init__(
-        self, command: Sequence[str], processes: int, log_dir: Path, environment: Mapping[str, str], terminal: bool
+        self,
+        command: Sequence[str],
+        processes: int,
+        log_dir: Path,
+        environment: Mapping[str, str],
+        terminal: bool,
+        inherited: Sequence[int] = (),
     ) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
         self.count = processes
         self.killed: set[int] = set()
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._copier: threading.Thread | None = None
+        self._inherited = () if WINDOWS else tuple(inherited)
         shared = _shared_environment(processes, environment)
         try:
             for rank in range(processes):
@@ -199,6 +208,7 @@ class _Ranks:
             stdout=None if terminal else file,
             stderr=subprocess.PIPE if terminal else subprocess.STDOUT,
             start_new_session=not WINDOWS,
+            pass_fds=self._inherited,
         )
         self._processes[rank] = process
         if process.stderr is None:

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import store
 from ..config.schema import Config
 from ..data.loader import TrainLoader
 from ..engines.base import Engine
 from ..errors import Interrupted, TrainingFailed
 from ..models.base import ModelSpec
 from ..planning.plan import Plan
-from ..types import STOP, PendingStep, World
+from ..types import SAVE, STOP, PendingStep, World
+from .checkpoints import FINAL_PATIENCE_SECONDS, Checkpoints
 from .evaluate import Evaluator
 from .events import EventLog
 from .progress import Display
 from .schedule import learning_rate
 from .signals import StopRequest
+from .state import Progress
 
 #: Dense bf16/fp16 peak of known GPUs in FLOP/s (vendors' data sheets), for the MFU figure. Others show none.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "L4": 121e12, "A10": 125e12}
 #: Steps in a row whose gradient is not finite before training gives up.
 MOST_SKIPS = 20
-
-
-@dataclass
-class Progress:
-    """What the loop remembers between steps; saved with every checkpoint."""
-
-    step: int = 0
-    """Attempted optimizer steps: the data cursor is ``step * global_batch``."""
-    best_loss: float = math.inf
-    """Lowest validation loss so far."""
-    best_step: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Newest evaluation."""
-    skips_in_a_row: int = 0
 
 
 class Trainer:
@@ -57,7 +41,7 @@ class Trainer:
         loader: TrainLoader,
         evaluator: Evaluator,
         world: World,
-        checkpoints: Path,
+        checkpoints: Checkpoints,
         display: Display,
         events: EventLog,
         stop: StopRequest,
@@ -70,40 +54,43 @@ class Trainer:
         self.flops_per_token = spec.flops_per_token(plan.model)
         self.peak_flops = _peak_flops(world)
         self.mark = time.perf_counter()
-        self.saved_step: int | None = None
 
     def train(self) -> None:
         """Train until ``max_steps``.
 
         Raises:
             Interrupted: asked to stop; a checkpoint was saved first.
-            TrainingFailed: the gradient stayed not finite.
+            TrainingFailed: the gradient stayed not finite, or the last checkpoint could not be written.
         """
         pending: PendingStep | None = None
         self.mark = time.perf_counter()
         for step in range(self.progress.step, self.config.max_steps):
             lr = learning_rate(self.config, step)
-            following = self.engine.train_step(self.loader.window(step), lr, step, self.stop.wishes)
+            wishes = self.stop.wishes | self.checkpoints.wishes()
+            following = self.engine.train_step(self.loader.window(step), lr, step, wishes)
             wishes = self._record(step - 1, pending) if pending else 0
             pending, self.progress.step = following, step + 1
-            due = self._pause_is_due(step + 1) or bool(wishes & STOP)
+            due = self._pause_is_due(step + 1) or bool(wishes)
             if due or self.world.device.type == "cpu":  # on a CPU the step is done already: nothing to hide
                 wishes |= self._record(step, pending)
                 pending = None
-            if due or wishes & STOP:
-                self._pause(step + 1)
+            if due or wishes:
+                self._pause(step + 1, save=bool(wishes & SAVE))
                 if wishes & STOP and step + 1 < self.config.max_steps:
                     self._interrupt(step + 1)
+        self.checkpoints.finish()
         self.events.write("end", step=self.progress.step, **_peaks(self.world))
 
     def _pause_is_due(self, done: int) -> bool:
         return self._evaluation_is_due(done) or self._save_is_due(done) or done == self.config.max_steps
 
-    def _pause(self, done: int) -> None:
-        """Between two steps: evaluate and save what is due. Its time is not the step's."""
+    def _pause(self, done: int, save: bool) -> None:
+        """Between two steps: evaluate and save what is due or, with `save`, asked for. Its time is not the step's."""
         improved = self._evaluation_is_due(done) and self._evaluate(done)
-        if self._save_is_due(done) or (improved and self.config.save_on_improvement):
-            self._save(done, best=improved)
+        if self._save_is_due(done) and done == self.config.max_steps:
+            self.checkpoints.save_now(self.progress, improved, FINAL_PATIENCE_SECONDS)
+        elif save or self._save_is_due(done) or (improved and self.config.save_on_improvement):
+            self.checkpoints.save(self.progress, improved)
         self.mark = time.perf_counter()
 
     def _evaluation_is_due(self, done: int) -> bool:
@@ -143,6 +130,7 @@ class Trainer:
         }
         self.events.write("step", **event)
         self.display.step(step + 1, event)
+        self.checkpoints.tell()
         self._watch(step + 1, result.skipped)
         return result.wishes
 
@@ -168,7 +156,7 @@ class Trainer:
         started = time.perf_counter()
         metrics = self.evaluator.evaluate(self.engine)
         self.events.write("eval", step=done, **metrics, eval_seconds=time.perf_counter() - started)
-        self.progress.metrics = metrics
+        self.progress.metrics, self.progress.metrics_step = metrics, done
         shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         improved = metrics["val_loss"] < self.progress.best_loss
         self.display.say(f"step {done}: {shown}{'  (best so far)' if improved else ''}")
@@ -176,36 +164,8 @@ class Trainer:
             self.progress.best_loss, self.progress.best_step = metrics["val_loss"], done
         return improved
 
-    def _save(self, done: int, best: bool) -> None:
-        """Save all ranks' fragments, then let the pointers name them."""
-        started = time.perf_counter()
-        state = {
-            "model": self.plan.model.model_dump(),
-            "strategy": self.plan.strategy,
-            "world_size": self.plan.world_size,
-            "precision": self.plan.precision,
-            "global_batch": self.plan.global_batch,
-            "seed": self.plan.seed,
-            "data_path": str(self.config.data.path),
-            "metrics": self.progress.metrics,
-            "best_loss": self.progress.best_loss if self.progress.best_step is not None else None,
-            "best_step": self.progress.best_step,
-        }
-        scalars = self.engine.scalars()
-        folder = store.save(self.checkpoints, done, self.engine.fragments(), scalars, state, self.world)
-        self.saved_step = done
-        if self.world.is_main:
-            store.point(self.checkpoints, "latest", folder)
-            if best:
-                store.point(self.checkpoints, "best", folder)
-            if done == self.config.max_steps:
-                store.point(self.checkpoints, "final", folder)
-            store.prune(self.checkpoints, self.config.keep_checkpoints)
-        self.events.write("checkpoint", step=done, folder=folder.name, seconds=time.perf_counter() - started)
-
     def _interrupt(self, done: int) -> None:
-        if self.saved_step != done:
-            self._save(done, best=False)
+        self.checkpoints.save_now(self.progress, best=False, patience_seconds=0)
         self.events.write("interrupted", step=done)
         raise Interrupted(f"Stopped at step {done} on request and saved. Continue with --resume.")
 

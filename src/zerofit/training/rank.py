@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 
 from torch import Tensor
 from torch.distributed import Store
 
-from ..checkpoint.model import check_same_model, initial_reader
-from ..checkpoint.store import find_checkpoint, open_checkpoint
+from ..checkpoint.model import initial_reader, parameters_only
+from ..checkpoint.retention import Retention
+from ..checkpoint.saver import Saver
+from ..checkpoint.source import Source, open_source
+from ..checkpoint.store import open_checkpoint
 from ..config.load import load_config
 from ..config.schema import Config
-from ..data.loader import Share, TrainLoader, evaluation_window
+from ..data.loader import Share, TrainLoader, collate, evaluation_window
 from ..data.tokenizers import load_tokenizer
-from ..data.tokens import SPLITS, open_split
+from ..data.tokens import SPLITS, fingerprint, open_split
 from ..engines.base import Engine
 from ..engines.build import build
 from ..engines.world import open_world
-from ..errors import CheckpointError
 from ..models import model_spec
 from ..planning.plan import Plan
+from ..tasks.language_modeling import probe_of
 from ..types import Batch, World
+from .checkpoints import Checkpoints
 from .evaluate import Evaluator
 from .events import EventLog
-from .loop import Progress, Trainer
-from .progress import open_display
+from .loop import Trainer
+from .probe import differs, probe_loss, stored_probe
+from .progress import Display, open_display
 from .sampling import generate
 from .signals import stop_requests
-from .start import PreparedRun
+from .start import PreparedRun, checkpoint_bytes
+from .state import Progress
 
 
 def train_rank(prepared: PreparedRun, store: Store | None) -> None:
@@ -40,7 +47,7 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         spec = model_spec(plan.model.kind)
         engine = build(plan, spec, world)
         cleanup.callback(engine.close)
-        progress = load_weights(engine, prepared)
+        progress, source = load_weights(engine, prepared)
         share = Share(plan.micro_batch, plan.accumulation_steps, world.rank, world.world_size)
         splits = {split: open_split(config.data.path, split, plan.model, config.seed) for split in SPLITS}
         loader = TrainLoader(splits["train"], share, pin_memory=plan.device == "cuda")
@@ -50,8 +57,21 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         cleanup.callback(events.close)
         display = open_display(world.is_main, config.max_steps, progress.step, config.log_interval)
         cleanup.callback(display.close)
+        tell_start(engine, source, plan, events, display)
+        saver = Saver(
+            run / "checkpoints",
+            world,
+            Retention(config.keep_checkpoints, config.keep_every, config.keep_best),
+            checkpoint_bytes(plan),
+            asynchronous=config.save_asynchronously and plan.offload != "nvme",
+            patience_seconds=config.collective_timeout_seconds,
+        )
+        cleanup.callback(saver.close)
+        probe = probe_of(collate(splits["val"].window(splits["val"].spread_starts(1))).inputs)
+        data = fingerprint(config.data.path)
+        checkpoints = Checkpoints(saver, engine, config, plan, world, data, probe, events, display)
         Trainer(
-            config, plan, spec, engine, loader, evaluator, world, run / "checkpoints", display, events, stop, progress
+            config, plan, spec, engine, loader, evaluator, world, checkpoints, display, events, stop, progress
         ).train()
         sample = sample_text(config, plan, engine, world)
         if sample:
@@ -59,33 +79,59 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         display.say(f"Run folder: {run}")
 
 
-def load_weights(engine: Engine, prepared: PreparedRun) -> Progress:
-    """Initial values, or those of the checkpoint that is resumed; returns where the loop goes on. Collective.
+def load_weights(engine: Engine, prepared: PreparedRun) -> tuple[Progress, Source | None]:
+    """Initial values, or those that the run starts from; returns where the loop goes on, and from what. Collective.
 
     Raises:
-        CheckpointError: there is none, or it is of another model or batch.
+        CheckpointError: it cannot be read any more.
     """
-    plan = prepared.plan
-    if prepared.resume is None:
-        spec = model_spec(plan.model.kind)
-        engine.load(initial_reader(spec, plan.model, plan.seed))
-        return Progress()
-    saved = open_checkpoint(find_checkpoint(prepared.folder, prepared.resume))
-    check_same_model(saved, plan.model)
-    for name, value in (("global_batch", plan.global_batch), ("seed", plan.seed)):
-        if saved.state[name] != value:
-            raise CheckpointError(
-                f"Checkpoint {saved.folder} was trained with {name} {saved.state[name]}, and {name} {value} was asked "
-                f"for: the data would go on somewhere else. Resume with {name} {saved.state[name]}."
-            )
-    engine.load(saved.read, saved.scalars)
-    best = saved.state["best_loss"]
+    plan, start = prepared.plan, prepared.start
+    if start.checkpoint is None:
+        engine.load(initial_reader(model_spec(plan.model.kind), plan.model, plan.seed))
+        return Progress(), None
+    if start.how == "resume":
+        source: Source = open_checkpoint(start.checkpoint)  # its bytes were checked when the run was prepared
+    else:
+        source = open_source(start.checkpoint, plan.model, verified=True)
+    if start.how == "weights":
+        engine.load(parameters_only(source.read))
+        return Progress(), source
+    engine.load(source.read, source.scalars)
+    return progress_of(source), source
+
+
+def progress_of(source: Source) -> Progress:
+    """What the loop remembered when the source was written, as far as the source tells."""
+    state, best = source.state, source.state.get("best_loss")
     return Progress(
-        step=saved.step,
-        best_loss=float("inf") if best is None else best,
-        best_step=saved.state["best_step"],
-        metrics=dict(saved.state["metrics"]),
+        step=source.step or 0,
+        best_loss=math.inf if best is None else best,
+        best_step=state.get("best_step"),
+        metrics=dict(state.get("metrics") or {}),
+        metrics_step=state.get("metrics_step"),
+        skips_in_a_row=state.get("skips_in_a_row", 0),
     )
+
+
+def tell_start(engine: Engine, source: Source | None, plan: Plan, events: EventLog, display: Display) -> None:
+    """Say what the run goes on from, with the loss of the probe when it was saved and now. Collective."""
+    if source is None:
+        return
+    before, probe = source.state.get("probe_loss"), stored_probe(source.folder)
+    now = probe_loss(engine, probe) if probe is not None else None
+    world = {key: source.state.get(key) for key in ("strategy", "world_size", "precision")}
+    events.write("resumed", folder=str(source.folder), step=source.step, saved_under=world, probe_loss=now,
+                 probe_loss_when_saved=before)  # fmt: skip
+    if before is None or now is None:
+        return
+    display.say(f"From {source.folder.name}: loss of the stored probe {before:.6f} when it was saved, {now:.6f} now.")
+    if differs(before, now, plan.precision):
+        message = (
+            f"the stored probe's loss was {before:.6f} when {source.folder.name} was saved and is {now:.6f} now, more "
+            f"than rounding explains: other weights or other code"
+        )
+        events.write("warning", step=source.step, message=message)
+        display.say(f"Warning: {message}.")
 
 
 def sample_text(config: Config, plan: Plan, engine: Engine, world: World) -> str | None:

@@ -2,20 +2,72 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast
 
 from rich.console import Console
 
+from ..checkpoint import retention
+from ..checkpoint.manifest import check_same_model, read_manifest
+from ..config.arguments import Request
 from ..config.load import ResolvedConfig
 from ..config.schema import Config
 from ..data.prepare import is_prepared, prepare
-from ..data.tokens import check_data, vocabulary_size
-from ..planning.choose import Choice, choose
+from ..data.tokens import check_data, fingerprint, vocabulary_size
+from ..errors import ConfigError
+from ..planning.choose import Choice, choose, format_bytes
 from ..planning.explain import print_choice
 from ..planning.hardware import Hardware, probe
 from ..planning.plan import Plan
+from .lock import RunLock, acquire_run
+from .resume import check_resumable
 from .run_folder import choose_folder, write_run_folder
+
+#: Where weights come from: computed from the seed; a checkpoint of this run; a checkpoint of another run or tool with
+#: its step and optimizer, or its weights alone.
+How = Literal["fresh", "resume", "load", "weights"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        how: see `How`.
+        checkpoint: a whole step folder of zerofit's, or what another tool wrote; None for a fresh start.
+    """
+
+    how: How = "fresh"
+    checkpoint: Path | None = None
+
+    def as_message(self) -> list[str]:
+        """For other processes; `of_message` reads it."""
+        return [self.how, *([str(self.checkpoint)] if self.checkpoint else [])]
+
+    @staticmethod
+    def of_message(message: Sequence[str]) -> Start:
+        """What `as_message` wrote."""
+        return Start(cast(How, message[0]), Path(message[1]) if len(message) > 1 else None)
+
+    def arguments(self) -> list[str]:
+        """As a worker's command line."""
+        if self.how == "resume":
+            return ["--resume", str(self.checkpoint)]
+        if self.checkpoint is not None:
+            return ["--load-checkpoint", str(self.checkpoint), *(["--weights-only"] if self.how == "weights" else [])]
+        return []
+
+
+def start_of(request: Request) -> Start:
+    """What a request asks to start from; its paths are taken as they are."""
+    if request.resume is not None:
+        return Start("resume", Path(request.resume))
+    if request.load_checkpoint is not None:
+        return Start("weights" if request.weights_only else "load", request.load_checkpoint)
+    return Start()
 
 
 @dataclass(frozen=True)
@@ -24,7 +76,9 @@ class PreparedRun:
 
     folder: Path
     plan: Plan
-    resume: str | None
+    start: Start = Start()
+    lock: RunLock | None = None
+    """Keeps others out of the run folder; ranks inherit it."""
 
     @property
     def processes(self) -> int:
@@ -34,7 +88,7 @@ class PreparedRun:
     @property
     def worker_arguments(self) -> list[str]:
         """Arguments of ``python -m zerofit.training.worker``."""
-        return ["--run", str(self.folder), *(["--resume", self.resume] if self.resume else [])]
+        return ["--run", str(self.folder), *self.start.arguments()]
 
     @property
     def log_dir(self) -> Path:
@@ -79,9 +133,7 @@ def make_plan(config: Config, console: Console) -> tuple[Choice, Hardware]:
     return choice, hardware
 
 
-def prepare_run(
-    resolved: ResolvedConfig, *, default_name: str, resume: str | None, dry_run: bool
-) -> PreparedRun | None:
+def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | None:
     """All of a run up to its first process group; None for a dry run, which writes no run folder.
 
     Raises:
@@ -89,13 +141,106 @@ def prepare_run(
         DoesNotFit: nothing fits (exit code 3).
     """
     console = Console()
-    folder = choose_folder(resolved, default_name, resume)
+    _refuse_two_starts(request)
+    folder = choose_folder(resolved, request.default_name, request.resume)
     resolved = with_data(resolved, console)
     choice, hardware = make_plan(resolved.config, console)
-    if dry_run:
-        console.print(
-            f"Dry run: nothing was started. The run folder would be {folder}.", highlight=False, soft_wrap=True
+    lock = None if request.dry_run else acquire_run(folder)
+    try:
+        if lock is not None:
+            _sweep(folder, console)
+        start = _checked_start(folder, request, resolved.config, choice.plan, console)
+        _forecast_disk(folder, resolved.config, choice.plan, console)
+        if lock is None:
+            _say(console, f"Dry run: nothing was started. The run folder would be {folder}.")
+            return None
+        write_run_folder(folder, resolved, choice.plan, hardware)
+    except BaseException:
+        if lock is not None:
+            lock.give_up(folder)
+        raise
+    return PreparedRun(folder, choice.plan, start, lock)
+
+
+def _refuse_two_starts(request: Request) -> None:
+    if request.weights_only and request.load_checkpoint is None:
+        raise ConfigError(
+            "--weights-only was given without --load-checkpoint, and it says how much of that checkpoint to take. A "
+            "run that is resumed keeps its optimizer; for a fresh one start a new run: --load-checkpoint RUN "
+            "--weights-only."
         )
-        return None
-    write_run_folder(folder, resolved, choice.plan, hardware)
-    return PreparedRun(folder, choice.plan, resume)
+    if request.resume is not None and request.load_checkpoint is not None:
+        raise ConfigError(
+            "--resume and --load-checkpoint were both given: the first goes on with a run in its own folder, the "
+            "second starts a new run from a checkpoint. Use one of them."
+        )
+
+
+def _sweep(folder: Path, console: Console) -> None:
+    """Remove what interrupted saves left, now that the lock says that nobody is saving."""
+    for name in retention.sweep(folder / "checkpoints"):
+        _say(console, f"Removed {name}, which an interrupted save had left.")
+
+
+def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, console: Console) -> Start:
+    """What the run starts from: found, whole, and of this model.
+
+    Raises:
+        CheckpointError: there is none, none is whole, or it is of something else.
+    """
+    start = start_of(request)
+    if request.resume is not None:
+        found = retention.find_whole(folder, request.resume)
+        for skipped in found.skipped:
+            _say(console, f"Warning: passed over a damaged checkpoint, {skipped}.", style="yellow")
+        manifest = read_manifest(found.folder)
+        check_resumable(found.folder, manifest, config, plan, fingerprint(config.data.path))
+        if manifest.step >= config.max_steps:
+            _say(console, f"Step {manifest.step} of {config.max_steps} is done; raise --max-steps to train on.")
+        return Start("resume", found.folder)
+    if start.checkpoint is not None:
+        from ..checkpoint.source import open_source
+
+        source = open_source(start.checkpoint, plan.model)
+        check_same_model(source.folder, source.shapes(), plan.model)
+        for note in source.notes if start.how == "load" else ():
+            _say(console, note)
+        return Start(start.how, source.folder)
+    return start
+
+
+def _forecast_disk(folder: Path, config: Config, plan: Plan, console: Console) -> None:
+    """Compare what the run will keep with the free disk.
+
+    Raises:
+        ConfigError: not even one checkpoint fits.
+    """
+    one = checkpoint_bytes(plan)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    held = sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/*"))
+    count = config.keep_checkpoints + (config.keep_best or 1) + 1  # and the one that is being written
+    if config.save_interval == "never" and not config.save_on_improvement:
+        return
+    if free + held < one:
+        raise ConfigError(
+            f"Checkpoints would go to {folder}, where {format_bytes(free)} are free, and one takes "
+            f"{format_bytes(one)}. Free some disk, choose another runs_dir, or set save_interval never and "
+            f"save_on_improvement false."
+        )
+    if free + held < count * one:
+        _say(
+            console,
+            f"Warning: {count} checkpoints of {format_bytes(one)} are kept at a time, and {format_bytes(free)} are "
+            f"free for {folder}. Saving pauses when the disk is full. Lower keep_checkpoints, or free some disk.",
+            style="yellow",
+        )
+
+
+def checkpoint_bytes(plan: Plan) -> int:
+    """Bytes of one checkpoint over all ranks: fp32 masters and two moments, and the manifest."""
+    return 12 * plan.parameters + 2 * 1024**2
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False, style=style)

@@ -26,7 +26,7 @@ from ..engines.world import launcher_store
 from ..errors import ConfigError, ZerofitError
 from ..planning.plan import Plan
 from .rank import train_rank
-from .start import PreparedRun, prepare_run
+from .start import PreparedRun, Start, prepare_run, start_of
 
 #: The store's key, and how long rank 0 may take to tokenise before the others give up.
 RUN_KEY = "zerofit/run"
@@ -59,7 +59,7 @@ class _Message(TypedDict, total=False):
     exit_code: int
     folder: str
     plan: str
-    resume: str | None
+    start: list[str]
 
 
 def _agree_on_run(arguments: list[str], store: Store | None, rank: int) -> PreparedRun | None:
@@ -87,7 +87,9 @@ def _agree_on_run(arguments: list[str], store: Store | None, rank: int) -> Prepa
         raise refusal
     if "plan" not in message:
         return None
-    return PreparedRun(Path(message["folder"]), Plan.model_validate_json(message["plan"]), message["resume"])
+    return PreparedRun(
+        Path(message["folder"]), Plan.model_validate_json(message["plan"]), Start.of_message(message["start"])
+    )
 
 
 def _wait_for_readers(store: Store) -> None:
@@ -108,7 +110,7 @@ def _prepare(arguments: list[str]) -> tuple[_Message, ZerofitError | None]:
     message: _Message = {
         "folder": str(prepared.folder),
         "plan": prepared.plan.model_dump_json(),
-        "resume": prepared.resume,
+        "start": prepared.start.as_message(),
     }
     return message, None
 
@@ -118,11 +120,11 @@ def _read_or_prepare(arguments: list[str]) -> PreparedRun | None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if request.run is not None:
         plan = Plan.model_validate_json((request.run / "plan.json").read_text(encoding="utf-8"))
-        prepared = PreparedRun(request.run, plan, request.resume)
+        prepared = PreparedRun(request.run, plan, start_of(request))
     else:
         overrides = [*request.overrides, ("num_gpus", str(world_size))]
         resolved = load_config(request.source, request.preset, overrides)
-        ready = prepare_run(resolved, default_name=request.default_name, resume=request.resume, dry_run=request.dry_run)
+        ready = prepare_run(resolved, request)
         if ready is None:
             return None
         prepared = ready

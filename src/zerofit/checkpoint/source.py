@@ -1,0 +1,72 @@
+"""Everything that weights can be read from, behind one face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..config.models import ModelConfig
+from ..errors import CheckpointError
+from ..types import Scalars
+from .manifest import MANIFEST, step_folders
+from .retention import find_whole
+from .store import Saved, open_checkpoint
+
+
+class Source(Protocol):
+    """A checkpoint of zerofit's or of another tool; its `read` is a `types.Reader`."""
+
+    folder: Path
+    scalars: Scalars
+    state: Mapping[str, Any]
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps that made it; None when it does not tell."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What was carried over and what was absent, in sentences."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical parameter name -> shape."""
+
+    def read(self, name: str, role: str, start: int, stop: int) -> Tensor | None:
+        """Elements ``[start, stop)`` of a flattened tensor, fp32; None when the source does not hold it."""
+
+
+def open_source(path: Path, model: ModelConfig | None, *, verified: bool = False) -> Source:
+    """Open a run folder, a step folder or another tool's checkpoint.
+
+    Args:
+        verified: a step folder's bytes have been checked already.
+        path: a run, its ``checkpoints`` folder, a step folder; or what `foreign.open_foreign` reads.
+        model: the shape that is wanted; what another tool wrote is matched with it.
+
+    Raises:
+        CheckpointError: nothing readable, damaged, or of another model.
+    """
+    if verified and (path / MANIFEST).is_file():
+        return open_checkpoint(path)
+    own = own_checkpoint(path)
+    if own is not None:
+        return own
+    if not path.exists():
+        raise CheckpointError(f"There is nothing at {path}. Give a run folder, a checkpoint, or another tool's files.")
+    from .foreign import open_foreign
+
+    return open_foreign(path, model)
+
+
+def own_checkpoint(path: Path, which: str = "latest") -> Saved | None:
+    """A checkpoint that zerofit wrote, whole; None when `path` is something else."""
+    if (path / MANIFEST).is_file():
+        return open_checkpoint(find_whole(path, str(path)).folder)
+    if step_folders(path / "checkpoints"):
+        return open_checkpoint(find_whole(path, which).folder)
+    if path.name == "checkpoints" and step_folders(path):
+        return open_checkpoint(find_whole(path.parent, which).folder)
+    return None

@@ -1,0 +1,157 @@
+"""When and what the loop saves, and what it says about it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from .. import __version__
+from ..checkpoint.saver import Outcome, Request, Saver, agree
+from ..config.schema import Config
+from ..engines.base import Engine
+from ..errors import TrainingFailed
+from ..planning.plan import Plan
+from ..types import SAVE, Batch, World
+from .events import EventLog
+from .probe import probe_loss
+from .progress import Display
+from .state import Progress
+
+#: After a save that found no room, look this often whether there is some now.
+RETRY_SECONDS = 10.0
+#: The last checkpoint of a run waits this long for somebody to make room.
+FINAL_PATIENCE_SECONDS = 600.0
+
+
+class Checkpoints:
+    """One rank's checkpoints of one run. Methods are collective unless they say otherwise.
+
+    Args:
+        data: fingerprint of the data that is trained on.
+        probe: the sample that every checkpoint carries with its loss; the same on every rank.
+    """
+
+    def __init__(
+        self,
+        saver: Saver,
+        engine: Engine,
+        config: Config,
+        plan: Plan,
+        world: World,
+        data: dict[str, Any],
+        probe: Batch,
+        events: EventLog,
+        display: Display,
+    ) -> None:
+        self.saver, self.engine, self.config, self.plan, self.world = saver, engine, config, plan, world
+        self.data, self.probe, self.events, self.display = data, probe, events, display
+        self._begun_step: int | None = None
+        self._stall_seconds: dict[int, float] = {}
+        self._missed = False
+        self._look_again = 0.0
+
+    def save(self, progress: Progress, best: bool) -> bool:
+        """Begin to save; with ``save_asynchronously`` training goes on meanwhile. False: there is no room."""
+        if self._begun_step == progress.step:
+            return True
+        started = time.perf_counter()
+        names = ["latest"]
+        names += ["best"] if best else []
+        names += ["final"] if progress.step == self.config.max_steps else []
+        state = self._state(progress, probe_loss(self.engine, self.probe))
+        scalars, inputs = self.engine.scalars(), self.probe.inputs
+        begun = self.saver.begin(
+            Request(progress.step, scalars, state, inputs, tuple(names)),
+            self.engine.fragments(),
+            self.engine.hold_updates,
+        )
+        self._stall_seconds[progress.step] = time.perf_counter() - started
+        if begun:
+            self._begun_step = progress.step
+        else:
+            self._miss(progress.step, f"no room for {self.saver.checkpoint_bytes} bytes in {self.saver.root}")
+        self.tell()
+        return begun
+
+    def save_now(self, progress: Progress, best: bool, patience_seconds: float) -> None:
+        """Save and return when it is durable; tries again for as long as `patience_seconds`.
+
+        Raises:
+            TrainingFailed: it could not be written; older checkpoints are whole.
+        """
+        deadline = time.monotonic() + patience_seconds
+        while not (self.save(progress, best) and self.finish()):
+            self._begun_step = None
+            if not agree(time.monotonic() < deadline, self.world):
+                raise TrainingFailed(
+                    f"Step {progress.step} could not be saved in {self.saver.root} (see the warning above). Older "
+                    f"checkpoints are whole. Make room and continue with --resume."
+                )
+            time.sleep(RETRY_SECONDS)
+
+    def finish(self) -> bool:
+        """Wait for the save under way, and tell what became of it. False when it failed."""
+        fine = self.saver.finish()
+        self.tell()
+        return fine
+
+    def wishes(self) -> int:
+        """`types.SAVE` when a save was missed and there is room again. Not collective."""
+        if not self._missed or time.monotonic() < self._look_again:
+            return 0
+        self._look_again = time.monotonic() + RETRY_SECONDS
+        return SAVE if self.saver.has_room() else 0
+
+    def tell(self) -> None:
+        """Write what became of saves to the events; never waits. Not collective."""
+        for outcome in self.saver.told():
+            if outcome.folder is None:
+                self._begun_step = None
+                self._miss(outcome.step, outcome.failure or "")
+            else:
+                self._tell_saved(outcome)
+
+    def _tell_saved(self, outcome: Outcome) -> None:
+        self._missed = False
+        self.events.write(
+            "checkpoint",
+            step=outcome.step,
+            folder=outcome.folder,
+            seconds=outcome.seconds,
+            stall_seconds=self._stall_seconds.pop(outcome.step, None),
+            size_bytes=outcome.size_bytes,
+            removed=list(outcome.removed),
+        )
+
+    def _miss(self, step: int, reason: str) -> None:
+        """Note a checkpoint that is not there; say so once until one succeeds."""
+        if not self._missed:
+            message = (
+                f"step {step} was not saved: {reason}. Training goes on; older checkpoints are whole, and it is saved "
+                f"again when there is room"
+            )
+            self.events.write("warning", step=step, message=message)
+            self.display.say(f"Warning: {message}.")
+        self._missed = True
+        self._look_again = time.monotonic() + RETRY_SECONDS
+
+    def _state(self, progress: Progress, loss: float) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "model": self.plan.model.model_dump(),
+            "strategy": self.plan.strategy,
+            "offload": self.plan.offload,
+            "world_size": self.plan.world_size,
+            "precision": self.plan.precision,
+            "global_batch": self.plan.global_batch,
+            "data_path": str(self.config.data.path),
+            "data": self.data,
+            "metrics": progress.metrics,
+            "metrics_step": progress.metrics_step,
+            "best_loss": progress.best_loss if progress.best_step is not None else None,
+            "best_step": progress.best_step,
+            "skips_in_a_row": progress.skips_in_a_row,
+            "probe_loss": loss,
+            "zerofit": __version__,
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }

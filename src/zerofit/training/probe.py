@@ -1,0 +1,36 @@
+"""One stored sample whose loss tells, after a resume, that the weights are those that were saved."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..checkpoint.manifest import PROBE
+from ..engines.base import Engine
+from ..tasks.language_modeling import batch_of
+from ..types import Batch
+
+#: Relative difference of the probe's loss that rounding explains, by precision.
+TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
+
+
+def probe_loss(engine: Engine, probe: Batch) -> float:
+    """Mean loss of the probe. Collective. Not compiled: its shape is not that of training."""
+    with torch.compiler.set_stance("force_eager"):
+        return engine.eval_step([probe])["loss"].mean
+
+
+def stored_probe(folder: Path) -> Batch | None:
+    """The probe of a checkpoint; None when it has none."""
+    path = folder / PROBE
+    if not path.is_file():
+        return None
+    return batch_of(load_file(path))
+
+
+def differs(saved: float, now: float, precision: str) -> bool:
+    """Whether the losses differ by more than rounding."""
+    return not math.isclose(saved, now, rel_tol=TOLERANCES[precision], abs_tol=1e-6)

@@ -1,0 +1,22 @@
+"""What a training run remembers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Progress:
+    """What the loop remembers between steps; saved with every checkpoint."""
+
+    step: int = 0
+    """Attempted optimizer steps: the data cursor is ``step * global_batch``."""
+    best_loss: float = math.inf
+    """Lowest validation loss so far."""
+    best_step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Newest evaluation."""
+    metrics_step: int | None = None
+    """Step of the newest evaluation."""
+    skips_in_a_row: int = 0
