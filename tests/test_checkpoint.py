@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -69,6 +69,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
+@settings(deadline=None, max_examples=50)
 @given(cuts=st.lists(st.integers(1, 23)), start=st.integers(0, 23), length=st.integers(1, 24))
 def test_any_interval_of_any_cut_reads_back(
     tmp_path_factory: pytest.TempPathFactory, cuts: list[int], start: int, length: int, asynchronous: bool

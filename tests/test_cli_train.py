@@ -95,12 +95,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What `run_train` asks of the rooms below, in place of doing it; the ranks end with exit code 3."""
     seen: list[tuple[Any, ...]] = []
 
-    def prepare_run(resolved: Any, *, default_name: str, resume: str | None, dry_run: bool) -> Any:
-        seen.append((resolved.config.seed, default_name, resume, dry_run))
-        return None if dry_run else SimpleNamespace(processes=2, worker_arguments=["--run", "x"], log_dir=Path("logs"))
+    def prepare_run(resolved: Any, request: Any) -> Any:
+        seen.append((resolved.config.seed, request.default_name, request.resume, request.dry_run))
+        prepared = {"processes": 2, "worker_arguments": ["--run", "x"], "log_dir": Path("logs")}
+        return None if request.dry_run else SimpleNamespace(lock=SimpleNamespace(handle=7), **prepared)
 
-    def launch(processes: int, arguments: list[str], *, log_dir: Path) -> int:
-        seen.append((processes, arguments, log_dir))
+    def launch(processes: int, arguments: list[str], *, log_dir: Path, inherited: list[int]) -> int:
+        seen.append((processes, arguments, log_dir, inherited))
         return 3
 
     monkeypatch.setattr(zerofit.training.start, "prepare_run", prepare_run)
@@ -112,7 +113,7 @@ def test_the_verb_ends_with_the_exit_code_of_its_ranks(calls: list[tuple[Any, ..
     with pytest.raises(typer.Exit) as ended:
         run_train(["--preset", "gpt2", "--seed", "7", "--resume", "best"])
     assert ended.value.exit_code == 3
-    assert calls == [(7, "gpt2", "best", False), (2, ["--run", "x"], Path("logs"))]
+    assert calls == [(7, "gpt2", "best", False), (2, ["--run", "x"], Path("logs"), [7])]
 
 
 def test_a_dry_run_launches_nothing(calls: list[tuple[Any, ...]]) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 from ..config.models import ModelConfig
 from ..errors import CheckpointError
 from ..types import Scalars
-from .pieces import Piece, damage
+from .pieces import Piece, changed
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -144,9 +144,22 @@ def _plain(file: str) -> str:
     return file
 
 
+def sizes_differ(folder: Path, manifest: Manifest) -> str | None:
+    """The first file that is missing or has another size, in words; its bytes are not read."""
+    for name, file in manifest.files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != file.size_bytes:
+            return f"{name} is missing" if found is None else f"{name} has {found} of {file.size_bytes} bytes"
+        if sum(piece.length for piece in file.pieces) != file.size_bytes:
+            return f"the hashes of {name} do not cover it"
+    return None
+
+
 def verify(folder: Path, manifest: Manifest) -> str | None:
     """What is wrong with the checkpoint's files, in words; None when every byte is what was written."""
-    return damage([(folder / name, file.size_bytes, file.pieces) for name, file in manifest.files.items()])
+    pieces = [(folder / name, piece) for name, file in manifest.files.items() for piece in file.pieces]
+    return sizes_differ(folder, manifest) or changed(pieces)
 
 
 def step_name(step: int) -> str:

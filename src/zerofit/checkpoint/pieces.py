@@ -36,19 +36,8 @@ def intervals(start: int, length: int) -> Iterator[tuple[int, int]]:
         yield start + offset, min(PIECE_BYTES, length - offset)
 
 
-def damage(files: Sequence[tuple[Path, int, Sequence[Piece]]]) -> str | None:
-    """The first file that is not what its pieces say, in words; None when all are whole.
-
-    Args:
-        files: path, size in bytes, and pieces that cover the file.
-    """
-    for path, size_bytes, pieces in files:
-        found = path.stat().st_size if path.is_file() else None
-        if found != size_bytes:
-            return f"{path.name} is missing" if found is None else f"{path.name} has {found} of {size_bytes} bytes"
-        if sum(piece.length for piece in pieces) != size_bytes:
-            return f"the hashes of {path.name} do not cover it"
-    tasks = [(path, piece) for path, _, pieces in files for piece in pieces]
+def changed(tasks: Sequence[tuple[Path, Piece]]) -> str | None:
+    """The first piece of a file that is not what its hash says, in words; None when all are."""
     with ThreadPoolExecutor(workers(), "zerofit-verify") as pool:
         for (path, piece), fine in zip(tasks, pool.map(lambda task: _is_whole(*task), tasks), strict=True):
             if not fine:

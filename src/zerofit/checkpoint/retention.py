@@ -15,6 +15,7 @@ from .manifest import (
     Manifest,
     make_durable,
     read_manifest,
+    sizes_differ,
     step_folders,
     step_name,
     verify,
@@ -68,6 +69,18 @@ def tag(root: Path, name: str, step: int) -> None:
     write_atomically(root / name, folder.name + "\n")
 
 
+def untag(root: Path, name: str) -> None:
+    """Take a tag away; the checkpoint stays until retention removes it.
+
+    Raises:
+        CheckpointError: there is no such tag, or training gave the name.
+    """
+    if name in POINTERS or name not in pointers(root):
+        tags = ", ".join(sorted(pointers(root).keys() - set(POINTERS))) or "none"
+        raise CheckpointError(f"{name!r} is no tag of {root.parent}; its tags are: {tags}.")
+    (root / name).unlink()
+
+
 def publish(root: Path, work: Path, step: int, names: tuple[str, ...], retention: Retention) -> list[str]:
     """Give a finished folder its name, let `names` point to it, and prune. Returns what was removed.
 
@@ -98,6 +111,15 @@ def prune(root: Path, retention: Retention, *, dry_run: bool = False) -> list[st
     return [folder.name for folder in gone]
 
 
+def prune_damaged(root: Path, *, dry_run: bool = False) -> list[str]:
+    """Remove checkpoints with a broken manifest, or files that are missing or cut off; returns the names."""
+    gone = [folder for folder in step_folders(root) if _quick_look(folder) is None]
+    if not dry_run:
+        for folder in gone:
+            shutil.rmtree(_aside(folder), ignore_errors=True)
+    return [folder.name for folder in gone]
+
+
 def _kept(manifests: dict[Path, Manifest], retention: Retention) -> set[str]:
     kept = {folder.name for folder in list(manifests)[-retention.newest :]}
     if retention.every_steps:
@@ -118,10 +140,9 @@ def _quick_look(folder: Path) -> Manifest | None:
     """The manifest, when all files have their size."""
     try:
         manifest = read_manifest(folder)
-        sizes_fit = all((folder / n).stat().st_size == f.size_bytes for n, f in manifest.files.items())
+        return manifest if sizes_differ(folder, manifest) is None else None
     except (CheckpointError, OSError):
         return None
-    return manifest if sizes_fit else None
 
 
 def _aside(folder: Path) -> Path:
@@ -180,7 +201,7 @@ def find_whole(run: Path, which: str) -> Found:
                 f"Checkpoint {folder} is damaged: {reason}. Resume from another one: {_others(folder)}."
             )
         return Found(folder)
-    skipped = []
+    skipped: list[str] = []
     for folder in _newest_first(root):
         reason = damage_of(folder)
         if reason is None:

@@ -56,9 +56,7 @@ def open_source(path: Path, model: ModelConfig | None, *, verified: bool = False
         return own
     if not path.exists():
         raise CheckpointError(f"There is nothing at {path}. Give a run folder, a checkpoint, or another tool's files.")
-    from .foreign import open_foreign
-
-    return open_foreign(path, model)
+    raise CheckpointError(f"{path} holds no checkpoint of zerofit's. Give a run folder or a step folder.")
 
 
 def own_checkpoint(path: Path, which: str = "latest") -> Saved | None:
