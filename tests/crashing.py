@@ -160,6 +160,7 @@ class Crasher:
         if not resumable and run.exists():  # killed before its first checkpoint: it starts anew, and says so
             run.rename(run.with_name(f"{name}-before-{time.monotonic_ns()}"))
         before = max(self._losses(name), default=0)
+        earlier = len(read_events(run / "events.jsonl")) if resumable else 0
         started = time.monotonic()
         ranks = Ranks(self.work, [*self.how, "--name", name, *(["--resume"] if resumable else [])], self.ranks)
         if last or not self._until_a_moment(ranks, run, before, started):
@@ -171,7 +172,7 @@ class Crasher:
         ranks.kill(list(victims))
         self.tally.kills += 1
         self.tally.during_save += during_save
-        self._check_what_is_left(run)
+        self._check_what_is_left(run, earlier)
         return False
 
     def _until_a_moment(self, ranks: Ranks, run: Path, before: int, started: float) -> bool:
@@ -201,16 +202,17 @@ class Crasher:
             lines = file.read().split(b"\n")[1:-1] or [b""]
         return [event["step"] for line in lines if b'"kind": "step"' in line for event in [json.loads(line)]]
 
-    def _check_what_is_left(self, run: Path) -> None:
-        """The newest whole checkpoint is at most one interval, and the save under way, behind."""
+    def _check_what_is_left(self, run: Path, earlier: int) -> None:
+        """The newest whole checkpoint is at most one interval, and the save under way, behind this round's steps."""
         folders = step_folders(run / "checkpoints")
         if not folders:
             return
-        reached, whole = max(self._losses(run.name)), int(find_whole(run, "latest").folder.name[5:])
-        announced = [e["step"] for e in read_events(run / "events.jsonl") if e["kind"] == "checkpoint"]
+        events = read_events(run / "events.jsonl")[earlier:]  # before that, a checkpoint may have been damaged
+        reached, announced = ({e["step"] for e in events if e["kind"] == kind} for kind in ("step", "checkpoint"))
+        whole = int(find_whole(run, "latest").folder.name[5:])
         assert whole >= max(announced, default=0), (whole, announced)
-        assert reached - whole < 2 * INTERVAL + 1, (reached, whole)
-        self.tally.lost_steps.append(reached - whole)
+        assert max(reached, default=whole) - whole <= 2 * INTERVAL, (reached, whole)
+        self.tally.lost_steps.append(max(reached, default=whole) - whole)
         if len(folders) > 2 and self.random.random() < 0.3:
             self._damage(run)
 
