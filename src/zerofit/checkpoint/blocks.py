@@ -31,6 +31,19 @@ Entry = tuple[str, str, tuple[int, ...], int, int]
 
 
 @dataclass
+class _Run:
+    """`length` elements of one storage from the start of `first` on; they go to `offset` of a block."""
+
+    first: Tensor
+    offset: int
+    length: int
+
+    def is_followed_by(self, other: Tensor) -> bool:
+        """Whether `other`, whose address fits, lies in the same storage."""
+        return self.first.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+@dataclass
 class Block:
     """Some fragments in host memory.
 
@@ -43,7 +56,9 @@ class Block:
     buffer: Tensor
     entries: list[Entry] = field(default_factory=list)
     used: int = 0
-    _runs: list[tuple[Tensor, int]] = field(default_factory=list)
+    _runs: list[_Run] = field(default_factory=list)
+    _end: int = 0
+    """Address behind the last run."""
     _copied: torch.cuda.Event | None = None
 
     @property
@@ -55,12 +70,15 @@ class Block:
         """Take `length` elements of a fragment, from its element `first` on."""
         entry = (fragment.role, fragment.name, tuple(fragment.shape), fragment.start + first, length)
         self.entries.append(entry)
-        source = fragment.data.detach()[first : first + length]
-        longer = _joined(self._runs[-1][0], source) if self._runs else None
-        if longer is None:
-            self._runs.append((source, self.used))
+        whole = length == fragment.data.numel()
+        source = fragment.data if whole else fragment.data[first : first + length]
+        start = source.data_ptr()
+        # One flat tensor comes in hundreds of pieces; put together again, they are one copy.
+        if self._runs and start == self._end and self._runs[-1].is_followed_by(source):
+            self._runs[-1].length += length
         else:
-            self._runs[-1] = (longer, self._runs[-1][1])
+            self._runs.append(_Run(source, self.used, length))
+        self._end = start + 4 * length
         self.used += length
 
     def start(self, stream: torch.cuda.Stream | None) -> None:
@@ -85,17 +103,10 @@ class Block:
             torch.cuda.current_stream().wait_event(self._copied)
 
     def _copy(self) -> None:
-        for source, offset in self._runs:
-            self.buffer[offset : offset + source.numel()].copy_(source, non_blocking=True)
+        for run in self._runs:
+            source = run.first.detach().as_strided((run.length,), (1,))
+            self.buffer[run.offset : run.offset + run.length].copy_(source, non_blocking=True)
         self._runs.clear()
-
-
-def _joined(left: Tensor, right: Tensor) -> Tensor | None:
-    """Both as one tensor where `right` follows `left` in the same memory."""
-    adjacent = left.data_ptr() + left.nbytes == right.data_ptr()
-    if not adjacent or left.untyped_storage().data_ptr() != right.untyped_storage().data_ptr():
-        return None
-    return left.as_strided((left.numel() + right.numel(),), (1,))
 
 
 class BlockPool:
