@@ -1,22 +1,106 @@
-"""Bytes that a plan needs on the busiest rank. P parameters, N ranks, h bytes of the compute type (2 or 4).
+"""What a plan needs on the busiest rank: GPU bytes at the peak and when, host bytes, NVMe bytes.
 
-Model states follow the engines as implemented (the conformance suite compares them with the engines' own tensors).
-Activations, logits and context are coarse here: a closed formula for Transformers, within tens of percent.
+P parameters, N ranks, h bytes of the compute type (2 or 4). Model states follow the engines as implemented (the
+conformance suite compares them with the engines' own tensors).
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+from .coarse import coarse_items
 from .plan import Plan
 from .zero_memory import zero_state_bytes
 
 MIB = 1024**2
-#: Saved for the backward pass per token, layer and channel of a GPT-2 block with fused attention, in elements:
-#: two norms' inputs and outputs 4, q k v 3, attention output 1, MLP hidden before and after GELU 8, residual 1.
-BLOCK_ELEMENTS_PER_CHANNEL = 17
-#: CUDA context, cuBLAS and NCCL buffers that PyTorch's allocator does not see (measured 986-1,460 MiB on 4 H200s).
-CONTEXT_BYTES = {1: 600 * MIB, 2: 1460 * MIB}
+
+
+@dataclass(frozen=True)
+class DeviceConstants:
+    """What one process costs on one kind of GPU, beside its tensors. Measured once per kind.
+
+    Attributes:
+        context_bytes: CUDA context and loaded kernels, outside PyTorch's allocator.
+        nccl_bytes: more of that with more than one rank, after the first collectives.
+        workspace_bytes: cuBLAS workspace per handle and stream, inside PyTorch's allocator.
+    """
+
+    context_bytes: int
+    nccl_bytes: int
+    workspace_bytes: int
+
+
+#: Measured on 4 NVIDIA H200 (driver 580, torch 2.11 with CUDA 13.0): 986 MiB after init with NCCL, 1,460 MiB after
+#: the first collectives. cuBLAS takes 32 MiB a handle and stream on Hopper.
+H200 = DeviceConstants(context_bytes=600 * MIB, nccl_bytes=860 * MIB, workspace_bytes=32 * MIB)
+#: Not measured: other GPUs load fewer kernels; before Hopper cuBLAS takes 8.125 MiB a handle and stream.
+OTHER_GPU = DeviceConstants(context_bytes=500 * MIB, nccl_bytes=700 * MIB, workspace_bytes=8_519_680)
+#: Without a GPU there is no context, and gloo's buffers are small.
+NO_GPU = DeviceConstants(context_bytes=0, nccl_bytes=0, workspace_bytes=0)
+_BY_KIND: Mapping[str, DeviceConstants] = {"h100": H200, "h200": H200}
+
+
+def device_constants(kind: str) -> DeviceConstants:
+    """The constants of a kind of GPU (``h200``, ``rtx4090``, …; ``cpu`` for none)."""
+    return NO_GPU if kind == "cpu" else _BY_KIND.get(kind, OTHER_GPU)
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """One rank, the busiest. On the device ``cpu`` the "GPU" is the process's memory.
+
+    Attributes:
+        items: bytes on the GPU at the peak, by item; their sum is `allocated_bytes`.
+        peak_phase: when that is: ``init``, ``forward``, ``backward`` or ``step``.
+        phases: phase -> items at that phase's own peak.
+        allocated_bytes: what PyTorch's allocator has handed out at the peak.
+        reserved_bytes: what PyTorch's allocator holds, splits and rounding included.
+        driver_bytes: what the driver shows: reserved, the context and NCCL.
+        host_items: bytes in host memory, by item; pinned blocks rounded up to a power of two.
+        host_peak_bytes: their sum.
+        nvme_bytes: files of this rank.
+        basis: ``traced``, or ``coarse: REASON`` when the model's activations come from a closed formula.
+    """
+
+    items: dict[str, int]
+    peak_phase: str
+    phases: dict[str, dict[str, int]]
+    allocated_bytes: int
+    reserved_bytes: int
+    driver_bytes: int
+    host_items: dict[str, int]
+    host_peak_bytes: int
+    nvme_bytes: int
+    basis: str
+
+
+def predict_memory(plan: Plan, device: DeviceConstants = H200) -> MemoryPrediction:
+    """The plan's memory. Needs no GPU, no DeepSpeed, and no torch when the model's trace is known."""
+    if plan.device == "cpu":
+        device = NO_GPU
+    items = coarse_items(plan)
+    allocated = sum(items.values())
+    host = {} if plan.device == "cpu" else {k: v for k, v in plan.state_bytes.items() if k.startswith("host_")}
+    outside = device.context_bytes + (device.nccl_bytes if plan.world_size > 1 else 0)
+    return MemoryPrediction(
+        items=items,
+        peak_phase="backward",
+        phases={"backward": items},
+        allocated_bytes=allocated,
+        reserved_bytes=allocated,
+        driver_bytes=allocated + outside,
+        host_items=host,
+        host_peak_bytes=sum(host.values()),
+        nvme_bytes=0,
+        basis="coarse: the model was not traced",
+    )
+
+
+def peak_items(plan: Plan) -> dict[str, int]:
+    """Bytes that the driver will show at the peak, by item."""
+    found = predict_memory(plan)
+    return {**found.items, "context": found.driver_bytes - found.allocated_bytes}
 
 
 def state_bytes(plan: Plan) -> dict[str, int]:
@@ -37,46 +121,3 @@ def _replicated_state_bytes(plan: Plan) -> dict[str, int]:
     elif plan.world_size > 1:
         items["gradients"] = h * p
     return items
-
-
-def peak_items(plan: Plan) -> dict[str, int]:
-    """Estimated bytes on the GPU at the peak, by item (on the CPU: of the process). Coarse; see the module."""
-    # Without a GPU, what is offloaded lies in the same memory.
-    counts_host = plan.device == "cpu"
-    items = {name: size for name, size in plan.state_bytes.items() if counts_host or not name.startswith("host_")}
-    p, h = plan.parameters, 2 if plan.mixed else 4
-    items["gradients"] = max(items.get("gradients", 0), _gradient_bytes(plan, h))
-    items["activations"] = _activation_bytes(plan, h)
-    items["logits"] = _logit_bytes(plan, h)
-    items["temporaries"] = min(4 * p, 128 * MIB)
-    if plan.strategy == "zero3":
-        # Parameters that stay gathered at the turn from forward to backward.
-        items["gathered"] = h * min(p, plan.zero.max_reuse_distance_elements // 2 + plan.zero.prefetch_bucket_elements)
-    if plan.device == "cuda":
-        items["context"] = CONTEXT_BYTES[min(plan.world_size, 2)]
-    return items
-
-
-def _gradient_bytes(plan: Plan, h: int) -> int:
-    p, n = plan.parameters, plan.world_size
-    if plan.strategy in ("zero2", "zero3"):
-        return (0 if plan.offload != "none" else h * math.ceil(p / n)) + h * min(p, plan.zero.reduce_bucket_elements)
-    return h * p
-
-
-def _activation_bytes(plan: Plan, h: int) -> int:
-    model = plan.model
-    tokens = plan.micro_batch * model.block_size
-    block = BLOCK_ELEMENTS_PER_CHANNEL * model.n_embd * tokens * h
-    boundary = model.n_embd * tokens * h
-    every = plan.activation_checkpointing_every
-    if not every:
-        return model.n_layer * block
-    checkpointed = math.ceil(model.n_layer / every)
-    # One checkpointed block at a time is alive again while it is recomputed.
-    return (model.n_layer - checkpointed) * block + checkpointed * boundary + block
-
-
-def _logit_bytes(plan: Plan, h: int) -> int:
-    """Logits in the compute type and in fp32, and the fp32 gradient of the softmax."""
-    return plan.micro_batch * plan.model.block_size * plan.model.padded_vocab_size * (h + 4 + 4)
