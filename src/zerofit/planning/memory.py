@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from .coarse import coarse_items
 from .plan import Plan
+from .memory_replicated import ReplicatedModel
+from .memory_zero2 import Zero2Model
+from .timeline import EngineModel, Ledger
 from .zero_memory import zero_state_bytes
 
 MIB = 1024**2
@@ -121,3 +124,10 @@ def _replicated_state_bytes(plan: Plan) -> dict[str, int]:
     elif plan.world_size > 1:
         items["gradients"] = h * p
     return items
+
+
+def engine_model(plan: Plan, ledger: Ledger, host: Ledger) -> EngineModel:
+    """The plan's engine, as far as it allocates."""
+    if plan.strategy in ("zero1", "zero2"):
+        return Zero2Model(plan, ledger, host)
+    return ReplicatedModel(plan, ledger)

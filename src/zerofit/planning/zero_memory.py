@@ -28,14 +28,26 @@ def zero_state_bytes(plan: Plan) -> dict[str, int]:
     return max((_replicated(plan, rank) for rank in range(plan.world_size)), key=lambda items: sum(items.values()))
 
 
-def _groups(plan: Plan) -> list[list[int]]:
-    """Elements of each parameter, in the optimizer's two groups: with weight decay and without.
+def pinned_bytes(size_bytes: int) -> int:
+    """What a page-locked block takes: PyTorch's host allocator rounds it up to a power of two."""
+    return 1 << (size_bytes - 1).bit_length() if size_bytes > 1 else size_bytes
+
+
+def optimizer_groups(plan: Plan) -> list[dict[str, int]]:
+    """Elements of each parameter by name, in the optimizer's two groups: with weight decay and without.
 
     Decay is on tensors of two and more dimensions, which is what `ModelSpec.decays` says without importing torch.
     """
-    shapes = plan.model.parameter_shapes().values()
-    groups = [[math.prod(shape) for shape in shapes if (len(shape) >= 2) is decays] for decays in (True, False)]
+    shapes = plan.model.parameter_shapes()
+    groups = [
+        {name: math.prod(shape) for name, shape in shapes.items() if (len(shape) >= 2) is decays}
+        for decays in (True, False)
+    ]
     return [group for group in groups if group]
+
+
+def _groups(plan: Plan) -> list[list[int]]:
+    return [list(group.values()) for group in optimizer_groups(plan)]
 
 
 def _compute_bytes(plan: Plan) -> int:
