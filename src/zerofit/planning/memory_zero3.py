@@ -122,7 +122,7 @@ class Zero3Model:
             return
         ledger, n = self.ledger, self.plan.world_size
         if self.g != self.h:
-            for name in self.bucket:
+            for name in self.whole:  # what lies in the bucket has its type already
                 ledger.alloc(("converted", name), self.g * self.elements[name], "buckets", REDUCE)
         alone = len(self.bucket) == 1 and self.elements[self.bucket[0]] % n == 0
         if not alone:
