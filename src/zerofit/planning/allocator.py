@@ -24,6 +24,10 @@ MEDIUM_BYTES, MEDIUM_SEGMENT_BYTES = 10 * MIB, 20 * MIB
 LARGE_ROUND_BYTES = 2 * MIB
 
 
+class OutOfMemory(Exception):
+    """The driver has not enough left, even after all free segments went back to it."""
+
+
 class _Block:
     """A part of a segment; neighbours in it are linked."""
 
@@ -105,6 +109,8 @@ class CachingAllocator:
             total = -(-size // LARGE_ROUND_BYTES) * LARGE_ROUND_BYTES
         if self.limit_bytes is not None and self.reserved_bytes + total > self.limit_bytes:
             self.empty_cache()
+            if self.reserved_bytes + total > self.limit_bytes:
+                raise OutOfMemory
         self.reserved_bytes += total
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         self._numbers += 1
@@ -143,8 +149,15 @@ class CachingAllocator:
 
 
 def simulate_allocator(sequence: Iterable[tuple[int, int, int]], limit_bytes: int | None = None) -> AllocatorPeaks:
-    """Play a `timeline.Ledger` sequence: ``(key, bytes, stream)``; ``(key, -1, 0)`` for the end;
-    ``(0, -2, 0)`` for an emptied cache."""
+    """Play the sequence of a `timeline.Ledger`.
+
+    Args:
+        sequence: ``(key, bytes, stream)`` allocates, ``(key, -1, 0)`` frees, ``(0, -2, 0)`` empties the cache.
+        limit_bytes: what the driver can give; None for as much as is asked.
+
+    Raises:
+        OutOfMemory: the limit does not suffice.
+    """
     allocator = CachingAllocator(limit_bytes)
     alloc, free = allocator.alloc, allocator.free
     for key, size_bytes, stream in sequence:

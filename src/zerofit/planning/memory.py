@@ -112,34 +112,60 @@ def _plan_key(plan: Plan, device: DeviceConstants) -> str:
     return sha256(f"{decides}{device}".encode()).hexdigest()[:24]
 
 
+def fits_within(plan: Plan, limit_bytes: int, device: DeviceConstants = H200) -> bool:
+    """Whether the plan runs where the driver gives one process `limit_bytes`.
+
+    Closer than comparing `MemoryPrediction.driver_bytes`: a full GPU makes PyTorch give back what it holds in reserve.
+    """
+    if predict_memory(plan, device).driver_bytes <= limit_bytes:
+        return True
+    if plan.device == "cpu":
+        return False
+    outside = device.context_bytes + (device.nccl_bytes if plan.world_size > 1 else 0)
+    try:
+        ledger, _ = _play(plan, device, *_micro_step(plan))
+        simulate_allocator(ledger.sequence, limit_bytes - outside)
+    except Exception:  # out of memory, or a model that cannot be traced, whose coarse estimate has just been compared
+        return False
+    return True
+
+
 def _predict(plan: Plan, device: DeviceConstants) -> MemoryPrediction:
     try:
-        plain = store.template(plan, recompute=False)
-        recomputed = store.template(plan, recompute=True) if plan.activation_checkpointing_every else None
+        micro_step = _micro_step(plan)
     except Exception as reason:  # a model that cannot be traced, or no torch to trace it with
         return _coarse(plan, device, f"{type(reason).__name__}: {reason}")
-    depth = getattr(plan.model, "n_layer", plain.depth)
-    events = list(compose(plain, recomputed, depth, plan.activation_checkpointing_every, plan.micro_batch))
-    inputs = [slope * plan.micro_batch + offset for slope, offset in plain.inputs]
-    return _played(plan, device, events, inputs)
-
-
-def _played(
-    plan: Plan, device: DeviceConstants, events: Sequence[StepEvent], inputs: Sequence[int]
-) -> MemoryPrediction:
-    on_gpu = plan.device == "cuda"
-    ledger = Ledger(ROUND_BYTES if on_gpu else 1)
-    host = Ledger() if on_gpu else ledger
-    workspaces = [device.workspace_bytes] * WORKSPACES if device.workspace_bytes else []
-    simulate(plan, ledger, engine_model(plan, ledger, host, events), events, inputs, workspaces)
+    ledger, host = _play(plan, device, *micro_step)
     phases = {phase: {k: v for k, v in items.items() if v} for phase, (_, items) in ledger.peaks.items()}
     phase = max(ledger.peaks, key=lambda name: ledger.peaks[name][0])
     allocated = reserved = ledger.peaks[phase][0]
-    if on_gpu:
+    if plan.device == "cuda":
         peaks = simulate_allocator(ledger.sequence)
         allocated, reserved = max(allocated, peaks.allocated_bytes), peaks.reserved_bytes
         phases[phase]["rounding"] = allocated - ledger.peaks[phase][0]
     return _answer(plan, device, phases, phase, allocated, reserved, _host_items(plan, host), "traced")
+
+
+def _micro_step(plan: Plan) -> tuple[list[StepEvent], list[int]]:
+    """The events of one micro-step, and the bytes of each input."""
+    every = plan.activation_checkpointing_every
+    plain = store.template(plan, recompute=False)
+    recomputed = store.template(plan, recompute=True) if every else None
+    depth = getattr(plan.model, "n_layer", plain.depth)
+    events = list(compose(plain, recomputed, depth, every, plan.micro_batch))
+    return events, [slope * plan.micro_batch + offset for slope, offset in plain.inputs]
+
+
+def _play(
+    plan: Plan, device: DeviceConstants, events: Sequence[StepEvent], inputs: Sequence[int]
+) -> tuple[Ledger, Ledger]:
+    """The run on the GPU and in host memory (the same without a GPU)."""
+    on_gpu = plan.device == "cuda"
+    ledger = Ledger(ROUND_BYTES if on_gpu else 1)
+    host = Ledger() if on_gpu else ledger
+    workspaces = [device.workspace_bytes] * WORKSPACES if on_gpu else []
+    simulate(plan, ledger, engine_model(plan, ledger, host, events), events, inputs, workspaces)
+    return ledger, host
 
 
 def _coarse(plan: Plan, device: DeviceConstants, reason: str) -> MemoryPrediction:
@@ -218,4 +244,7 @@ def peak_items(plan: Plan) -> dict[str, int]:
     """Bytes that the driver will show at the peak, by item."""
     found = predict_memory(plan)
     items: dict[str, Any] = {"activations": 0, "logits": 0, **found.items}
-    return {**items, "context": found.driver_bytes - found.allocated_bytes}
+    if plan.device == "cpu":
+        return items
+    outside = found.driver_bytes - found.reserved_bytes
+    return {**items, "fragmentation": found.reserved_bytes - found.allocated_bytes, "context": outside}

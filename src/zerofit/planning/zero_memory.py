@@ -140,11 +140,13 @@ def sub_groups(plan: Plan) -> Iterator[list[int]]:
     """Elements of the parameters that the optimizer steps together (``_create_fp16_sub_groups``)."""
     for group in _groups(plan):
         members: list[int] = []
+        parts = 0
         for size in group:
             members.append(size)
-            if sum(_part(member, plan) for member in members) >= plan.zero.sub_group_elements:
+            parts += _part(size, plan)
+            if parts >= plan.zero.sub_group_elements:
                 yield members
-                members = []
+                members, parts = [], 0
         if members:
             yield members
 
