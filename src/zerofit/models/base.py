@@ -36,6 +36,9 @@ class ModelSpec(Protocol[Config_contra]):
     def compiled_units(self, model: nn.Module) -> Sequence[nn.Module]:
         """What ``compile: true`` compiles, each for itself: the blocks and the head with its loss."""
 
+    def example_inputs(self, config: Config_contra, samples: int) -> dict[str, Tensor]:
+        """Inputs and targets of one training micro-batch, zeros, on whatever device is the default."""
+
     def decays(self, config: Config_contra, name: str) -> bool:
         """True when weight decay applies to parameter `name`."""
 

@@ -1,82 +1,250 @@
-"""Bytes that a plan needs on the busiest rank. P parameters, N ranks, h bytes of the compute type (2 or 4).
+"""What a plan needs on the busiest rank: GPU bytes at the peak and when, host bytes, NVMe bytes.
 
-Model states follow the engines as implemented (the conformance suite compares them with the engines' own tensors).
-Activations, logits and context are coarse here: a closed formula for Transformers, within tens of percent.
+A traced micro-step of the model (`template`, `trace`) is played against a model of the engine (`memory_replicated`,
+`memory_zero2`, `memory_zero3`); the sequence of allocations goes through a simulation of PyTorch's allocator. The
+tests compare each engine model with the engine itself, and model states with what engines report.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from typing import Any
 
+from . import store
+from .allocator import ROUND_BYTES, simulate_allocator
+from .coarse import coarse_items
+from .memory_replicated import ReplicatedModel, replicated_state_bytes
+from .memory_zero2 import Zero2Model
+from .memory_zero3 import Zero3Model
 from .plan import Plan
-from .zero_memory import zero_state_bytes
+from .template import ModuleEvent, StepEvent, compose
+from .timeline import EngineModel, Ledger, simulate
+from .zero_memory import swapped_bytes, zero_state_bytes
 
 MIB = 1024**2
-#: Saved for the backward pass per token, layer and channel of a GPT-2 block with fused attention, in elements:
-#: two norms' inputs and outputs 4, q k v 3, attention output 1, MLP hidden before and after GELU 8, residual 1.
-BLOCK_ELEMENTS_PER_CHANNEL = 17
-#: CUDA context, cuBLAS and NCCL buffers that PyTorch's allocator does not see (measured 986-1,460 MiB on 4 H200s).
-CONTEXT_BYTES = {1: 600 * MIB, 2: 1460 * MIB}
+#: Threads that multiply matrices, each with a cuBLAS handle and workspace of its own: forward's and backward's.
+WORKSPACES = 2
+#: One rank's process before it holds anything of ours: interpreter, PyTorch, CUDA's libraries. Not measured.
+PROCESS_BYTES = 2048 * MIB
+
+
+@dataclass(frozen=True)
+class DeviceConstants:
+    """What one process costs on one kind of GPU, beside its tensors. Measured once per kind.
+
+    Attributes:
+        context_bytes: CUDA context and loaded kernels, outside PyTorch's allocator.
+        nccl_bytes: more of that with more than one rank, after the first collectives.
+        workspace_bytes: cuBLAS workspace per handle and stream, inside PyTorch's allocator.
+    """
+
+    context_bytes: int
+    nccl_bytes: int
+    workspace_bytes: int
+
+
+#: Measured on 4 NVIDIA H200 (driver 580, torch 2.11 with CUDA 13.0): 986 MiB after init with NCCL, 1,460 MiB after
+#: the first collectives. cuBLAS takes 32 MiB a handle and stream on Hopper.
+H200 = DeviceConstants(context_bytes=600 * MIB, nccl_bytes=860 * MIB, workspace_bytes=32 * MIB)
+#: Not measured: other GPUs load fewer kernels; before Hopper cuBLAS takes 8.125 MiB a handle and stream.
+OTHER_GPU = DeviceConstants(context_bytes=500 * MIB, nccl_bytes=700 * MIB, workspace_bytes=8_519_680)
+#: Without a GPU there is no context, and gloo's buffers are small.
+NO_GPU = DeviceConstants(context_bytes=0, nccl_bytes=0, workspace_bytes=0)
+_BY_KIND: Mapping[str, DeviceConstants] = {"h100": H200, "h200": H200}
+
+
+def device_constants(kind: str) -> DeviceConstants:
+    """The constants of a kind of GPU (``h200``, ``rtx4090``, …; ``cpu`` for none)."""
+    return NO_GPU if kind == "cpu" else _BY_KIND.get(kind, OTHER_GPU)
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """One rank, the busiest. On the device ``cpu`` the "GPU" is the process's memory.
+
+    Attributes:
+        items: bytes on the GPU at the peak, by item; their sum is `allocated_bytes`.
+        peak_phase: when that is: ``init``, ``forward``, ``backward`` or ``step``.
+        phases: phase -> items at that phase's own peak.
+        allocated_bytes: what PyTorch's allocator has handed out at the peak.
+        reserved_bytes: what PyTorch's allocator holds, splits and rounding included.
+        driver_bytes: what the driver shows: reserved, the context and NCCL.
+        host_items: bytes in host memory, by item; pinned blocks rounded up to a power of two.
+        host_peak_bytes: their sum.
+        nvme_bytes: files of this rank.
+        basis: ``traced``, or ``coarse: REASON`` when the model's activations come from a closed formula.
+    """
+
+    items: dict[str, int]
+    peak_phase: str
+    phases: dict[str, dict[str, int]]
+    allocated_bytes: int
+    reserved_bytes: int
+    driver_bytes: int
+    host_items: dict[str, int]
+    host_peak_bytes: int
+    nvme_bytes: int
+    basis: str
+
+
+def predict_memory(plan: Plan, device: DeviceConstants = H200) -> MemoryPrediction:
+    """The plan's memory. Needs no GPU, no DeepSpeed, and no torch when the model's trace is known.
+
+    Remembered in the user's cache folder, see `store`.
+    """
+    if plan.device == "cpu":
+        device = NO_GPU
+    known, key = store.predictions(), _plan_key(plan, device)
+    found = known.get(key)
+    if found is not None:
+        return MemoryPrediction(**found)
+    prediction = _predict(plan, device)
+    if prediction.basis == "traced":
+        known.put(key, asdict(prediction))
+    return prediction
+
+
+def _plan_key(plan: Plan, device: DeviceConstants) -> str:
+    """What decides about memory, hashed."""
+    decides = plan.model_dump_json(exclude={"reason", "state_bytes", "seed", "loss_scale", "nvme_path"})
+    return sha256(f"{decides}{device}".encode()).hexdigest()[:24]
+
+
+def fits_within(plan: Plan, limit_bytes: int, device: DeviceConstants = H200) -> bool:
+    """Whether the plan runs where the driver gives one process `limit_bytes`.
+
+    Closer than comparing `MemoryPrediction.driver_bytes`: a full GPU makes PyTorch give back what it holds in reserve.
+    """
+    if predict_memory(plan, device).driver_bytes <= limit_bytes:
+        return True
+    if plan.device == "cpu":
+        return False
+    outside = device.context_bytes + (device.nccl_bytes if plan.world_size > 1 else 0)
+    try:
+        ledger, _ = _play(plan, device, *_micro_step(plan))
+        simulate_allocator(ledger.sequence, limit_bytes - outside)
+    except Exception:  # out of memory, or a model that cannot be traced, whose coarse estimate has just been compared
+        return False
+    return True
+
+
+def _predict(plan: Plan, device: DeviceConstants) -> MemoryPrediction:
+    try:
+        micro_step = _micro_step(plan)
+    except Exception as reason:  # a model that cannot be traced, or no torch to trace it with
+        return _coarse(plan, device, f"{type(reason).__name__}: {reason}")
+    ledger, host = _play(plan, device, *micro_step)
+    phases = {phase: {k: v for k, v in items.items() if v} for phase, (_, items) in ledger.peaks.items()}
+    phase = max(ledger.peaks, key=lambda name: ledger.peaks[name][0])
+    allocated = reserved = ledger.peaks[phase][0]
+    if plan.device == "cuda":
+        peaks = simulate_allocator(ledger.sequence)
+        allocated, reserved = max(allocated, peaks.allocated_bytes), peaks.reserved_bytes
+        phases[phase]["rounding"] = allocated - ledger.peaks[phase][0]
+    return _answer(plan, device, phases, phase, allocated, reserved, _host_items(plan, host), "traced")
+
+
+def _micro_step(plan: Plan) -> tuple[list[StepEvent], list[int]]:
+    """The events of one micro-step, and the bytes of each input."""
+    every = plan.activation_checkpointing_every
+    plain = store.template(plan, recompute=False)
+    recomputed = store.template(plan, recompute=True) if every else None
+    depth = getattr(plan.model, "n_layer", plain.depth)
+    events = list(compose(plain, recomputed, depth, every, plan.micro_batch))
+    return events, [slope * plan.micro_batch + offset for slope, offset in plain.inputs]
+
+
+def _play(
+    plan: Plan, device: DeviceConstants, events: Sequence[StepEvent], inputs: Sequence[int]
+) -> tuple[Ledger, Ledger]:
+    """The run on the GPU and in host memory (the same without a GPU)."""
+    on_gpu = plan.device == "cuda"
+    ledger = Ledger(ROUND_BYTES if on_gpu else 1)
+    host = Ledger() if on_gpu else ledger
+    workspaces = [device.workspace_bytes] * WORKSPACES if on_gpu else []
+    simulate(plan, ledger, engine_model(plan, ledger, host, events), events, inputs, workspaces)
+    return ledger, host
+
+
+def _coarse(plan: Plan, device: DeviceConstants, reason: str) -> MemoryPrediction:
+    items = coarse_items(plan)
+    allocated = sum(items.values())
+    host = Ledger()
+    for name, size_bytes in state_bytes(plan).items():
+        if name.startswith("host_"):
+            host.alloc(name, size_bytes, name)
+    host.begin("init")
+    answer = _answer(plan, device, {"backward": items}, "backward", allocated, allocated, _host_items(plan, host), "")
+    return replace(answer, basis=f"coarse: {reason}")
+
+
+def _answer(
+    plan: Plan,
+    device: DeviceConstants,
+    phases: dict[str, dict[str, int]],
+    phase: str,
+    allocated: int,
+    reserved: int,
+    host_items: dict[str, int],
+    basis: str,
+) -> MemoryPrediction:
+    outside = device.context_bytes + (device.nccl_bytes if plan.world_size > 1 else 0)
+    return MemoryPrediction(
+        items=phases[phase],
+        peak_phase=phase,
+        phases=phases,
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
+        driver_bytes=reserved + outside,
+        host_items=host_items,
+        host_peak_bytes=sum(host_items.values()),
+        nvme_bytes=swapped_bytes(plan),
+        basis=basis,
+    )
+
+
+def _host_items(plan: Plan, host: Ledger) -> dict[str, int]:
+    """Beside a GPU: the process itself, what is offloaded, and reading the largest parameter (fp32, twice)."""
+    if plan.device == "cpu":
+        return {}
+    largest = max((items for _, items in host.peaks.values()), key=lambda items: sum(items.values()), default={})
+    loading = 2 * 4 * max(_parameter_elements(plan))
+    return {"process": PROCESS_BYTES, "loading": loading, **{name: size for name, size in largest.items() if size}}
+
+
+def _parameter_elements(plan: Plan) -> list[int]:
+    from math import prod
+
+    return [prod(shape) for shape in plan.model.parameter_shapes().values()]
+
+
+def engine_model(plan: Plan, ledger: Ledger, host: Ledger, events: Sequence[StepEvent]) -> EngineModel:
+    """The plan's engine, as far as it allocates.
+
+    Args:
+        ledger: of the GPU.
+        host: of host memory; the same ledger when there is no GPU.
+        events: one micro-step, whose module events ZeRO-3 follows.
+    """
+    if plan.strategy == "zero3":
+        return Zero3Model(plan, ledger, host, [event for event in events if isinstance(event, ModuleEvent)])
+    if plan.strategy in ("zero1", "zero2"):
+        return Zero2Model(plan, ledger, host)
+    return ReplicatedModel(plan, ledger)
 
 
 def state_bytes(plan: Plan) -> dict[str, int]:
     """Model states between two steps, by item; what `Engine.memory` reports. ``host_*`` items lie in host memory."""
-    if plan.strategy.startswith("zero"):
-        return zero_state_bytes(plan)
-    return _replicated_state_bytes(plan)
-
-
-def _replicated_state_bytes(plan: Plan) -> dict[str, int]:
-    """single, DDP. Parameters hP; moments 8P; half precision adds masters 4P; DDP's gradient buckets stay: hP."""
-    p, h = plan.parameters, 2 if plan.mixed else 4
-    items = {"parameters": h * p, "moments": 8 * p}
-    if plan.mixed:
-        items["master"] = 4 * p
-    if plan.mixed and plan.gradient_dtype == "fp32":
-        items["gradients"] = 4 * p
-    elif plan.world_size > 1:
-        items["gradients"] = h * p
-    return items
+    return zero_state_bytes(plan) if plan.strategy.startswith("zero") else replicated_state_bytes(plan)
 
 
 def peak_items(plan: Plan) -> dict[str, int]:
-    """Estimated bytes on the GPU at the peak, by item (on the CPU: of the process). Coarse; see the module."""
-    # Without a GPU, what is offloaded lies in the same memory.
-    counts_host = plan.device == "cpu"
-    items = {name: size for name, size in plan.state_bytes.items() if counts_host or not name.startswith("host_")}
-    p, h = plan.parameters, 2 if plan.mixed else 4
-    items["gradients"] = max(items.get("gradients", 0), _gradient_bytes(plan, h))
-    items["activations"] = _activation_bytes(plan, h)
-    items["logits"] = _logit_bytes(plan, h)
-    items["temporaries"] = min(4 * p, 128 * MIB)
-    if plan.strategy == "zero3":
-        # Parameters that stay gathered at the turn from forward to backward.
-        items["gathered"] = h * min(p, plan.zero.max_reuse_distance_elements // 2 + plan.zero.prefetch_bucket_elements)
-    if plan.device == "cuda":
-        items["context"] = CONTEXT_BYTES[min(plan.world_size, 2)]
-    return items
-
-
-def _gradient_bytes(plan: Plan, h: int) -> int:
-    p, n = plan.parameters, plan.world_size
-    if plan.strategy in ("zero2", "zero3"):
-        return (0 if plan.offload != "none" else h * math.ceil(p / n)) + h * min(p, plan.zero.reduce_bucket_elements)
-    return h * p
-
-
-def _activation_bytes(plan: Plan, h: int) -> int:
-    model = plan.model
-    tokens = plan.micro_batch * model.block_size
-    block = BLOCK_ELEMENTS_PER_CHANNEL * model.n_embd * tokens * h
-    boundary = model.n_embd * tokens * h
-    every = plan.activation_checkpointing_every
-    if not every:
-        return model.n_layer * block
-    checkpointed = math.ceil(model.n_layer / every)
-    # One checkpointed block at a time is alive again while it is recomputed.
-    return (model.n_layer - checkpointed) * block + checkpointed * boundary + block
-
-
-def _logit_bytes(plan: Plan, h: int) -> int:
-    """Logits in the compute type and in fp32, and the fp32 gradient of the softmax."""
-    return plan.micro_batch * plan.model.block_size * plan.model.padded_vocab_size * (h + 4 + 4)
+    """Bytes that the driver will show at the peak, by item."""
+    found = predict_memory(plan)
+    items: dict[str, Any] = {"activations": 0, "logits": 0, **found.items}
+    if plan.device == "cpu":
+        return items
+    outside = found.driver_bytes - found.reserved_bytes
+    return {**items, "fragmentation": found.reserved_bytes - found.allocated_bytes, "context": outside}

@@ -28,14 +28,26 @@ def zero_state_bytes(plan: Plan) -> dict[str, int]:
     return max((_replicated(plan, rank) for rank in range(plan.world_size)), key=lambda items: sum(items.values()))
 
 
-def _groups(plan: Plan) -> list[list[int]]:
-    """Elements of each parameter, in the optimizer's two groups: with weight decay and without.
+def pinned_bytes(size_bytes: int) -> int:
+    """What a page-locked block takes: PyTorch's host allocator rounds it up to a power of two."""
+    return 1 << (size_bytes - 1).bit_length() if size_bytes > 1 else size_bytes
+
+
+def optimizer_groups(plan: Plan) -> list[dict[str, int]]:
+    """Elements of each parameter by name, in the optimizer's two groups: with weight decay and without.
 
     Decay is on tensors of two and more dimensions, which is what `ModelSpec.decays` says without importing torch.
     """
-    shapes = plan.model.parameter_shapes().values()
-    groups = [[math.prod(shape) for shape in shapes if (len(shape) >= 2) is decays] for decays in (True, False)]
+    shapes = plan.model.parameter_shapes()
+    groups = [
+        {name: math.prod(shape) for name, shape in shapes.items() if (len(shape) >= 2) is decays}
+        for decays in (True, False)
+    ]
     return [group for group in groups if group]
+
+
+def _groups(plan: Plan) -> list[list[int]]:
+    return [list(group.values()) for group in optimizer_groups(plan)]
 
 
 def _compute_bytes(plan: Plan) -> int:
@@ -115,8 +127,8 @@ def _sharded_states(plan: Plan, part: int) -> dict[str, int]:
     if plan.offload == "none":
         return {"gradients": gradients, "master": 4 * part, "moments": 8 * part}
     if plan.offload == "nvme":
-        sub_groups = (sum(_part(size, plan) for size in members) for members in _sub_groups(plan))
-        part = sum(size for size in sub_groups if 4 * size < MIN_SWAP_BYTES)
+        sizes = (sum(_part(size, plan) for size in members) for members in sub_groups(plan))
+        part = sum(size for size in sizes if 4 * size < MIN_SWAP_BYTES)
     return {"host_gradients": gradients + 4 * part, "host_master": 4 * part, "host_moments": 8 * part}
 
 
@@ -124,15 +136,17 @@ def _part(size: int, plan: Plan) -> int:
     return math.ceil(size / plan.world_size)
 
 
-def _sub_groups(plan: Plan) -> Iterator[list[int]]:
+def sub_groups(plan: Plan) -> Iterator[list[int]]:
     """Elements of the parameters that the optimizer steps together (``_create_fp16_sub_groups``)."""
     for group in _groups(plan):
         members: list[int] = []
+        parts = 0
         for size in group:
             members.append(size)
-            if sum(_part(member, plan) for member in members) >= plan.zero.sub_group_elements:
+            parts += _part(size, plan)
+            if parts >= plan.zero.sub_group_elements:
                 yield members
-                members = []
+                members, parts = [], 0
         if members:
             yield members
 
@@ -140,7 +154,7 @@ def _sub_groups(plan: Plan) -> Iterator[list[int]]:
 def _swap_pools(plan: Plan) -> dict[str, int]:
     """Host buffers through which NVMe is read and written."""
     h, pools = _compute_bytes(plan), 0
-    largest = max(_sub_groups(plan), key=lambda members: sum(_part(size, plan) for size in members))
+    largest = max(sub_groups(plan), key=lambda members: sum(_part(size, plan) for size in members))
     if plan.offload == "nvme":
         pools += STATE_BUFFERS * _aligned([4 * sum(_part(size, plan) for size in largest)])
     if plan.offload_parameters == "nvme":
@@ -151,3 +165,16 @@ def _swap_pools(plan: Plan) -> dict[str, int]:
 
 def _aligned(sizes_bytes: Iterable[int]) -> int:
     return sum(SWAP_ALIGNMENT_BYTES * math.ceil(size / SWAP_ALIGNMENT_BYTES) for size in sizes_bytes)
+
+
+def swapped_bytes(plan: Plan) -> int:
+    """Files of one rank on NVMe: per swapped sub-group the master, two moments and the gradient in fp32 (16 an
+    element); h an element of each swapped parameter."""
+    total = 0
+    if plan.offload == "nvme":
+        parts = [sum(_part(size, plan) for size in members) for members in sub_groups(plan)]
+        total += 16 * sum(part for part in parts if 4 * part >= MIN_SWAP_BYTES)
+    if plan.offload_parameters == "nvme":
+        sizes = [_compute_bytes(plan) * _part(size, plan) for group in _groups(plan) for size in group]
+        total += sum(size for size in sizes if size >= MIN_SWAP_BYTES)
+    return total

@@ -1,0 +1,117 @@
+"""What `engines.ddp` allocates: single and DDP, with `engines.adamw`. Mirrors those two files.
+
+P parameters, h bytes of the compute type. Masters and moments are flat, one of each per optimizer group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .plan import Plan
+from .template import ModuleEvent
+from .timeline import Ledger, parameter_elements
+from .zero_memory import optimizer_groups
+
+#: `engines.adamw.CHUNK_ELEMENTS`: fp32 gradients exist in chunks of at most so many elements.
+CHUNK_ELEMENTS = 32 * 1024 * 1024
+#: DDP's buckets: the first small, so that reduction starts early.
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 1024**2, 25 * 1024**2
+
+
+class ReplicatedModel:
+    """See `timeline.EngineModel`."""
+
+    def __init__(self, plan: Plan, ledger: Ledger) -> None:
+        self.plan, self.ledger = plan, ledger
+        self.elements = parameter_elements(plan)
+        self.compute_bytes = 2 if plan.mixed else 4
+        self.fp32_gradients = plan.mixed and plan.gradient_dtype == "fp32"
+        self.buckets = plan.world_size > 1 and not self.fp32_gradients
+        self.kept: set[str] = set()
+        self.last = True
+        self.rebuilt = False
+        #: In which gradients were finished, of all parameters, in the first reduced backward pass.
+        self.order: list[str] = []
+
+    def init(self) -> None:
+        """Parameters, then per group three flat fp32 tensors; in fp32 the parameters then become views of one."""
+        ledger = self.ledger
+        for name, elements in self.elements.items():
+            ledger.alloc(("parameter", name), self.compute_bytes * elements, "parameters")
+        if self.fp32_gradients:
+            ledger.alloc("gradients", 4 * self.plan.parameters, "gradients")
+        for index, members in enumerate(optimizer_groups(self.plan)):
+            flat = 4 * sum(members.values())
+            ledger.alloc(("master", index), flat, "master" if self.plan.mixed else "parameters")
+            for moment in (0, 1):
+                ledger.alloc(("moment", index, moment), flat, "moments")
+            if not self.plan.mixed:
+                for name in members:
+                    ledger.free(("parameter", name))
+        if self.buckets:
+            ledger.alloc(("bucket", 0), self.compute_bytes * self.plan.parameters, "gradients")
+
+    def _rebuild_buckets(self) -> None:
+        """After its first backward pass DDP replaces its one bucket by many, filled in the order of gradients."""
+        self.ledger.free(("bucket", 0))
+        filled, count, limit = 0, 0, FIRST_BUCKET_BYTES
+        for parameter in self.order:
+            filled += self.compute_bytes * self.elements[parameter]
+            if filled >= limit:
+                self.ledger.alloc(("bucket", count), filled, "gradients")
+                filled, count, limit = 0, count + 1, BUCKET_BYTES
+        if filled:
+            self.ledger.alloc(("bucket", count), filled, "gradients")
+        self.rebuilt = True
+
+    def micro_begin(self, index: int, last: bool) -> None:
+        self.last = last
+        if self.order and not self.rebuilt:
+            self._rebuild_buckets()
+
+    def gradient(self, key: Any, parameter: str) -> bool:
+        """The first gradient of a window stays, and later ones are added to it.
+
+        DDP's buckets take over in the last micro-step: until then (``no_sync``) gradients live beside the buckets.
+        """
+        if self.fp32_gradients:
+            return False
+        if self.buckets and self.last:
+            if not self.rebuilt:
+                self.order.append(parameter)
+            if parameter in self.kept:
+                self.kept.remove(parameter)
+                self.ledger.free(("gradient", parameter))
+            return False
+        if parameter in self.kept:
+            return False
+        self.kept.add(parameter)
+        self.ledger.keep(key, ("gradient", parameter), "gradients")
+        return True
+
+    def module(self, event: ModuleEvent) -> None:
+        """Parameters are always there."""
+
+    def micro_end(self) -> None:
+        """Reduction happens in the buckets."""
+
+    def step(self) -> None:
+        """One chunk of fp32 gradients as scratch; then the gradients go."""
+        largest = max(sum(members.values()) for members in optimizer_groups(self.plan))
+        self.ledger.temporary(4 * min(largest, CHUNK_ELEMENTS))
+        for parameter in self.kept:
+            self.ledger.free(("gradient", parameter))
+        self.kept.clear()
+
+
+def replicated_state_bytes(plan: Plan) -> dict[str, int]:
+    """single, DDP. Parameters hP; moments 8P; half precision adds masters 4P; DDP's gradient buckets stay: hP."""
+    p, h = plan.parameters, 2 if plan.mixed else 4
+    items = {"parameters": h * p, "moments": 8 * p}
+    if plan.mixed:
+        items["master"] = 4 * p
+    if plan.mixed and plan.gradient_dtype == "fp32":
+        items["gradients"] = 4 * p
+    elif plan.world_size > 1:
+        items["gradients"] = h * p
+    return items

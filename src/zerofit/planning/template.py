@@ -1,0 +1,148 @@
+"""What one micro-step of a model allocates and frees, as data: traced at a small size, composed at any. Pure.
+
+A traced step is cut into segments: in the forward pass what comes before the blocks (position 0), each block (1 to L)
+and what comes after them (L + 1); in the backward pass the same from L + 1 down to 0. Blocks are alike, so that three
+of them (first, middle, last) stand for any number, and sizes are linear in the batch.
+
+A segment is a list of events:
+
+``["+", id, slope, offset, item]``
+    ``slope * samples + offset`` bytes are allocated. Ids count within a segment; 0 is the block's output in a forward
+    segment and the gradient of the block's input in a backward segment, so that blocks of different kinds join.
+``["-", pass, anchor, value, id]``
+    Freed. ``pass`` 0 forward, 1 backward. ``anchor`` 0: position 0; 1: position L + 1; 2: ``value`` positions away.
+``["g", pass, anchor, value, id, parameter]``
+    The allocation holds the finished gradient of a parameter (``@`` stands for the block's name).
+``["m", when, parameters]``
+    A module that owns parameters begins (``f+``) or ends (``f-``) its forward pass, or its backward pass (``b+ b-``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+#: Any change of what a trace holds or means.
+FORMAT = 1
+Event = list[Any]
+FORWARD, BACKWARD = 0, 1
+
+
+class Alloc(NamedTuple):
+    """`size_bytes` under `item` are allocated as `key`."""
+
+    key: Any
+    size_bytes: int
+    item: str
+
+
+class Free(NamedTuple):
+    key: Any
+
+
+class Gradient(NamedTuple):
+    """`key` holds the finished gradient of `parameter`; its `Free` follows, unless the engine keeps it."""
+
+    key: Any
+    parameter: str
+
+
+class ModuleEvent(NamedTuple):
+    """``f+ f- b+ b-`` of a module that owns `parameters`."""
+
+    when: str
+    parameters: tuple[str, ...]
+
+
+class Backward(NamedTuple):
+    """The backward pass begins."""
+
+
+StepEvent = Alloc | Free | Gradient | ModuleEvent | Backward
+
+
+@dataclass(frozen=True)
+class Template:
+    """One kind of blocks (plain or recomputed), traced at `depth` blocks.
+
+    Attributes:
+        forward, backward: position -> events, positions 0 to ``depth + 1``.
+        inputs: (slope, offset) of each input tensor's bytes.
+        block_name: name of block ``{}`` within the model.
+        samples: (least, most) samples for which the sizes hold.
+    """
+
+    depth: int
+    forward: Sequence[Sequence[Event]]
+    backward: Sequence[Sequence[Event]]
+    inputs: Sequence[tuple[int, int]]
+    block_name: str
+
+    def json(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "depth": self.depth,
+            "forward": self.forward,
+            "backward": self.backward,
+            "inputs": self.inputs,
+            "block_name": self.block_name,
+        }
+
+    def segment(self, which: int, position: int, depth: int) -> Sequence[Event]:
+        """The events of a position of a model with `depth` blocks."""
+        segments = (self.forward, self.backward)[which]
+        if depth == self.depth:
+            return segments[position]
+        if position >= depth:
+            return segments[self.depth + position - depth]
+        return segments[min(position, 2)]
+
+
+def compose(plain: Template, recomputed: Template | None, depth: int, every: int, samples: int) -> Iterator[StepEvent]:
+    """One micro-step of `depth` blocks at `samples` samples, every `every`-th block recomputed (0: none).
+
+    Keys of allocations are ``(pass, position, id)``.
+    """
+
+    def kind(position: int) -> Template:
+        if every and recomputed is not None and 1 <= position <= depth and (position - 1) % every == 0:
+            return recomputed
+        return plain
+
+    for which, order in ((FORWARD, range(depth + 2)), (BACKWARD, range(depth + 1, -1, -1))):
+        if which == BACKWARD:
+            yield Backward()
+        for position in order:
+            template = kind(position)
+            events = template.segment(which, position, depth)
+            yield from _placed(events, which, position, depth, template.block_name, samples)
+
+
+def _placed(
+    events: Sequence[Event], which: int, position: int, depth: int, block_name: str, samples: int
+) -> Iterator[StepEvent]:
+    name = block_name.format(position - 1)
+
+    def key(where: int, anchor: int, value: int, number: int) -> tuple[int, int, int]:
+        return where, (0, depth + 1, position + value)[anchor], number
+
+    for event in events:
+        tag = event[0]
+        if tag == "+":
+            yield Alloc((which, position, event[1]), event[2] * samples + event[3], event[4])
+        elif tag == "-":
+            yield Free(key(*event[1:5]))
+        elif tag == "g":
+            yield Gradient(key(*event[1:5]), event[5].replace("@", name))
+        else:
+            yield ModuleEvent(event[1], tuple(parameter.replace("@", name) for parameter in event[2]))
+
+
+def from_json(data: Mapping[str, Any]) -> Template:
+    """The template that `Template.json` wrote."""
+    inputs = [(slope, offset) for slope, offset in data["inputs"]]
+    return Template(data["depth"], data["forward"], data["backward"], inputs, data["block_name"])
+
+
+Sizer = Callable[[int, int], int]

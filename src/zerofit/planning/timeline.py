@@ -1,0 +1,185 @@
+"""One rank's allocations over a run, in order: initialisation, then training steps. Pure.
+
+`Ledger` counts what is live, by item and phase, and keeps the sequence for `allocator`. An `EngineModel` says what an
+engine allocates and frees at each moment; `simulate` plays a composed micro-step (see `template`) against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from .plan import Plan
+from .template import Alloc, Backward, Free, Gradient, ModuleEvent, StepEvent
+
+PHASES = ("init", "forward", "backward", "step")
+#: CUDA streams with memory pools of their own: computing, reducing gradients, gathering parameters.
+MAIN, REDUCE, GATHER = 0, 1, 2
+#: Micro-steps of a longer window that are played: the first, one in the middle, the last.
+PLAYED_MICRO_STEPS = 3
+#: From the second step on every step repeats the one before.
+PLAYED_STEPS = 2
+
+
+#: In a sequence: `Ledger.empty_cache`.
+EMPTY_CACHE = (0, -2, 0)
+
+
+class Ledger:
+    """What is live. Sizes are rounded up to `granularity` bytes (512 in PyTorch's CUDA allocator).
+
+    Attributes:
+        sequence: ``(number, bytes, stream)`` for an allocation, ``(number, -1, 0)`` for its end, in order; and
+            `EMPTY_CACHE`.
+        peaks: phase -> (bytes, items) at the phase's peak.
+    """
+
+    def __init__(self, granularity: int = 1) -> None:
+        self.granularity = granularity
+        self.live_bytes = 0
+        self.items: dict[str, int] = {}
+        self.sequence: list[tuple[int, int, int]] = []
+        self.peaks: dict[str, tuple[int, dict[str, int]]] = {}
+        self.phase = "init"
+        self._live: dict[Any, tuple[int, int, str]] = {}
+        self._peak_bytes = -1
+        self._count = 0
+
+    def begin(self, phase: str) -> None:
+        """Enter a phase; its peak goes on from earlier visits."""
+        self.phase = phase
+        self._peak_bytes = self.peaks[phase][0] if phase in self.peaks else -1
+        self._watch()
+
+    def alloc(self, key: Any, size_bytes: int, item: str, stream: int = MAIN) -> None:
+        """Allocate; `key` must not be live."""
+        if self.granularity > 1:
+            size_bytes = -(-size_bytes // self.granularity) * self.granularity
+        assert key not in self._live, key
+        self._count += 1
+        self._live[key] = (self._count, size_bytes, item)
+        self.live_bytes += size_bytes
+        self.items[item] = self.items.get(item, 0) + size_bytes
+        self.sequence.append((self._count, size_bytes, stream))
+        if self.live_bytes > self._peak_bytes:
+            self._watch()
+
+    def free(self, key: Any) -> None:
+        number, size_bytes, item = self._live.pop(key)
+        self.live_bytes -= size_bytes
+        self.items[item] -= size_bytes
+        self.sequence.append((number, -1, 0))
+
+    def free_if_live(self, key: Any) -> None:
+        if key in self._live:
+            self.free(key)
+
+    def is_live(self, key: Any) -> bool:
+        return key in self._live
+
+    def keep(self, key: Any, as_key: Any, item: str) -> None:
+        """From now on the allocation is known as `as_key`, and counted under `item`."""
+        number, size_bytes, before = self._live.pop(key)
+        self.items[before] -= size_bytes
+        self.items[item] = self.items.get(item, 0) + size_bytes
+        self._live[as_key] = (number, size_bytes, item)
+
+    def empty_cache(self) -> None:
+        """The allocator gives whole free segments back to the driver."""
+        self.sequence.append(EMPTY_CACHE)
+
+    def temporary(self, size_bytes: int, item: str = "temporaries", stream: int = MAIN) -> None:
+        """Allocated and freed at once."""
+        self.alloc("temporary", size_bytes, item, stream)
+        self.free("temporary")
+
+    def _watch(self) -> None:
+        if self.live_bytes > self._peak_bytes:
+            self._peak_bytes = self.live_bytes
+            self.peaks[self.phase] = (self.live_bytes, dict(self.items))
+
+
+class EngineModel(Protocol):
+    """What an engine allocates, on one rank; see the engine's own file for where."""
+
+    def init(self) -> None:
+        """Construction and loading."""
+
+    def micro_begin(self, index: int, last: bool) -> None:
+        """Before a forward pass."""
+
+    def gradient(self, key: Any, parameter: str) -> bool:
+        """A gradient is finished; True when the engine keeps the allocation `key` (and will free it itself)."""
+
+    def module(self, event: ModuleEvent) -> None:
+        """A module that owns parameters begins or ends a pass."""
+
+    def micro_end(self) -> None:
+        """After a backward pass, still in its phase."""
+
+    def step(self) -> None:
+        """Clipping and the optimizer's step."""
+
+
+def simulate(
+    plan: Plan,
+    ledger: Ledger,
+    engine: EngineModel,
+    events: Sequence[StepEvent],
+    inputs: Sequence[int],
+    workspaces: Sequence[int] = (),
+) -> None:
+    """Play initialisation and `PLAYED_STEPS` steps.
+
+    Args:
+        plan: accumulation.
+        ledger: shared with the engine.
+        engine: of the plan's strategy.
+        events: one micro-step.
+        inputs: bytes of each input tensor.
+        workspaces: of matrix libraries, there from the first pass on.
+    """
+    ledger.begin("init")
+    engine.init()
+    ledger.begin("forward")
+    for number, size_bytes in enumerate(workspaces):
+        ledger.alloc(("workspace", number), size_bytes, "workspaces")
+    micro_steps = min(plan.accumulation_steps, PLAYED_MICRO_STEPS)
+    for _ in range(PLAYED_STEPS):
+        for index in range(micro_steps):
+            _micro_step(ledger, engine, events, inputs, index, index == micro_steps - 1)
+        ledger.begin("step")
+        engine.step()
+
+
+def _micro_step(
+    ledger: Ledger, engine: EngineModel, events: Sequence[StepEvent], inputs: Sequence[int], index: int, last: bool
+) -> None:
+    ledger.begin("forward")
+    engine.micro_begin(index, last)
+    for number, size_bytes in enumerate(inputs):
+        ledger.alloc(("input", number), size_bytes, "activations")
+    kept = set()
+    for event in events:
+        if type(event) is Alloc:
+            ledger.alloc(*event)
+        elif type(event) is Free:
+            if event.key not in kept:
+                ledger.free(event.key)
+        elif type(event) is Gradient:
+            if engine.gradient(event.key, event.parameter):
+                kept.add(event.key)
+        elif type(event) is ModuleEvent:
+            engine.module(event)
+        elif type(event) is Backward:
+            ledger.begin("backward")
+    engine.micro_end()
+    for number in range(len(inputs)):
+        ledger.free(("input", number))
+
+
+def parameter_elements(plan: Plan) -> Mapping[str, int]:
+    """Canonical name -> elements."""
+    from math import prod
+
+    return {name: prod(shape) for name, shape in plan.model.parameter_shapes().items()}
