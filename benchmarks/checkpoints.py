@@ -79,6 +79,9 @@ def run_case(args: argparse.Namespace) -> None:
         step(index)
     synchronize()
     for save in range(SAVES):
+        if save == SAVES - 1 and isinstance(saves, ZerofitSaves):
+            saves.remember()
+        synchronize()
         since = time.perf_counter()
         saves.begin(save)
         called = time.perf_counter() - since
@@ -89,6 +92,8 @@ def run_case(args: argparse.Namespace) -> None:
             "call_seconds": called,
             "stall_seconds": called + sum(steps[: STEPS_BETWEEN // 2]) - usual * (STEPS_BETWEEN // 2),
             "durable_seconds": durable,
+            "steps_after_seconds": steps,
+            **getattr(saves, "details", {}),
         })  # fmt: skip
         times += steps
     result = {"saves": rows, "step_seconds": statistics.median(times), **saves.resume(), **facts(engine)}
@@ -165,9 +170,16 @@ class ZerofitSaves:
         from zerofit.checkpoint.saver import Request
         from zerofit.training.probe import probe_loss
 
+        started = time.perf_counter()
         state = {"probe_loss": probe_loss(self.engine, self.probe)}
+        self.details = {"probe_seconds": time.perf_counter() - started}
         request = Request(index, self.engine.scalars(), state, self.probe.inputs, ("latest",))
+        self.details["scalars_seconds"] = time.perf_counter() - started - self.details["probe_seconds"]
         self.saver.begin(request, self.engine.fragments(), self.engine.hold_updates)
+
+    def remember(self) -> None:
+        """What the last save must hold, whatever training does meanwhile."""
+        self.expected = [(f.name, f.role, f.start, f.data.clone()) for f in self.engine.fragments()]
 
     def durable(self, since: float) -> float | None:
         assert self.saver.finish()
@@ -188,6 +200,13 @@ class ZerofitSaves:
         began = time.perf_counter()
         saved = open_checkpoint(self.folder / "checkpoints" / (self.folder / "checkpoints/latest").read_text().strip())
         assert found in (None, saved.folder)
+        same = all(
+            saved.read(name, role, start, start + len(data)).equal(data.cpu())  # type: ignore[union-attr]
+            for name, role, start, data in self.expected
+        )
+        assert same, "the checkpoint holds something else than the engine held when it was asked for"
+        dist.barrier()
+        began = time.perf_counter()
         self.engine.load(saved.read, saved.scalars)
         dist.barrier()
         ended = time.perf_counter()

@@ -298,7 +298,7 @@ def summarise(rows: dict[str, Any]) -> None:
             print(f"{what}: mean {mean:.2%}, 95th percentile {high:.2%}, worst {errors[-1]:.2%} of {len(errors)} cases")
 
 
-# ---------------------------------------------------------------------------------------------------- one rank of a case
+# --- one rank of a case
 
 
 def run_case(name: str, small: bool) -> None:
@@ -326,7 +326,7 @@ def _import_all(plan: Any) -> None:
 
     if plan.strategy.startswith("zero"):
         os.environ["DS_ACCELERATOR"] = plan.device
-        import deepspeed
+        import deepspeed  # noqa: F401
     if plan.compile:
         import torch._inductor.compile_fx
     torch.manual_seed(0)
