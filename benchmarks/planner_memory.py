@@ -209,10 +209,10 @@ class Schedule:
                     self.changed.wait(timeout=5)
                     continue
                 name = self.waiting.pop(0)
-                threads.append(threading.Thread(target=self._case, args=(name, devices)))
+                gate = self.gates[name] = self.scratch / f"gate-{len(threads)}"
+                threads.append(threading.Thread(target=self._case, args=(name, devices, gate), daemon=True))
                 for device in devices:
                     self.queues[device].append(name)
-                self.gates[name] = self.scratch / f"gate-{len(threads)}"
                 threads[-1].start()
                 self._open_gates()
         for thread in threads:
@@ -233,20 +233,11 @@ class Schedule:
                 gate.write_text(json.dumps(self.base_bytes), encoding="utf-8")
                 del self.gates[name]
 
-    def _case(self, name: str, devices: list[int]) -> None:
-        from zerofit.launch.trials import Trial, run_trial
-
-        arguments = ["--case", name, *(["--small"] if self.args.small else [])]
-        environment = {
-            "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
-            "ZEROFIT_BENCH_GATE": str(self.gates[name]),
-            "OMP_NUM_THREADS": "4",
-        }
-        outcome = run_trial(Trial(Path(__file__), arguments, len(devices), 900, environment))
-        row = {"status": outcome.status, "seconds": outcome.seconds, "case": CASES[name]}
-        row |= {"predicted": self.predicted[name], **(outcome.result or {})}
-        if outcome.status != "ok":
-            row["log"] = outcome.log_tail[-3000:]
+    def _case(self, name: str, devices: list[int], gate: Path) -> None:
+        try:
+            row = self._row(name, devices, gate)
+        except Exception as error:  # a case that cannot even be tried must not hold up the others
+            row = {"status": "failed", "seconds": 0.0, "case": CASES[name], "log": repr(error)}
         with self.changed:
             for queue in self.queues:
                 if name in queue:
@@ -256,6 +247,22 @@ class Schedule:
             self._write()
             print_row(name, row, time.monotonic() - self.started)
             self.changed.notify()
+
+    def _row(self, name: str, devices: list[int], gate: Path) -> dict[str, Any]:
+        from zerofit.launch.trials import Trial, run_trial
+
+        arguments = ["--case", name, *(["--small"] if self.args.small else [])]
+        environment = {
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
+            "ZEROFIT_BENCH_GATE": str(gate),
+            "OMP_NUM_THREADS": "4",
+        }
+        outcome = run_trial(Trial(Path(__file__), arguments, len(devices), 900, environment))
+        row = {"status": outcome.status, "seconds": outcome.seconds, "case": CASES[name]}
+        row |= {"predicted": self.predicted[name], **(outcome.result or {})}
+        if outcome.status != "ok":
+            row["log"] = outcome.log_tail[-3000:]
+        return row
 
     def _write(self) -> None:
         head = {"date": date.today().isoformat(), "gpus": self.args.gpus, "not_started": self.waiting}
