@@ -1,0 +1,137 @@
+"""Files that ``torch.save`` wrote, opened without reading a tensor and without running what they name."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from .sources import FileSource, MemorySource, Source
+from .stand_ins import STAND_INS, Inert
+
+#: How torch's restricted unpickler names what it refuses.
+REFUSED = re.compile(r"GLOBAL (\S+)|unrecognized function (.+?)(?: which|$)", re.MULTILINE)
+#: Elements of a tensor that is small enough to be a value of a client state.
+SMALL_ELEMENTS = 16
+
+
+class TorchFile:
+    """The object of one file. Its tensors have shapes and no data; `source` reads them interval by interval.
+
+    Attributes:
+        path: the file.
+        content: the object; tensors on the meta device (in PyTorch's old format: in memory).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._indexed = zipfile.is_zipfile(path)
+        self.content = self._load()
+
+    def _load(self) -> Any:
+        # The zip format tells where a tensor lies, and loading to "meta" leaves it there. The old format has no index.
+        admitted: Any = [(stand_in, name) for name, stand_in in STAND_INS.items()]
+        try:
+            if self._indexed:
+                _check_byte_order(self.path)
+            with torch.serialization.safe_globals(admitted):
+                return torch.load(self.path, map_location="meta" if self._indexed else "cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"No file {self.path}. The checkpoint is incomplete; copy it again.") from error
+        except pickle.UnpicklingError as error:
+            raise _refused(self.path, error) from error
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read as a PyTorch file ({type(error).__name__}: {_first_line(error)}). It is "
+                f"cut off or of another format; copy it again, or use another checkpoint."
+            ) from error
+
+    def source(self, tensor: Tensor) -> Source:
+        """Where the data of a tensor of `content` lies.
+
+        Raises:
+            CheckpointError: the tensor is sparse or quantized.
+        """
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise CheckpointError(
+                f"{self.path} holds a {'quantized' if tensor.is_quantized else 'sparse'} tensor; zerofit reads dense "
+                f"ones. Save the weights as dense tensors in the program that wrote the file."
+            )
+        if tensor.device.type != "meta":
+            return MemorySource(tensor.detach())
+        start = tensor.untyped_storage()._checkpoint_offset
+        assert start is not None, "torch.load to the meta device tells the offset of every storage"
+        offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
+        if tensor.is_contiguous():
+            return FileSource(self.path, offset, tensor.dtype, tuple(tensor.shape))
+        return self._gathered(tensor, offset)
+
+    def _gathered(self, tensor: Tensor, offset: int) -> Source:
+        """A view with gaps or in another order: its span is read into memory at once."""
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        flat = FileSource(self.path, offset, tensor.dtype, (span,)).read(0, span)
+        return MemorySource(flat.as_strided(tensor.shape, tensor.stride()).contiguous())
+
+    def number(self, value: Any) -> float | None:
+        """A number, or a tensor of one element, as a float; None for anything else."""
+        if isinstance(value, Tensor):
+            return float(self.source(value).read(0, 1).item()) if value.numel() == 1 else None
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    def plain(self, value: Any) -> Any:
+        """A value as JSON can say it: small tensors as numbers, large ones and unknown objects as a description."""
+        if value is None or isinstance(value, str | bool | int):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else str(value)
+        if isinstance(value, Mapping):
+            return {str(key): self.plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple | set):
+            return [self.plain(item) for item in value]
+        if isinstance(value, Tensor):
+            return self._plain_tensor(value)
+        if isinstance(value, Inert):
+            return {str(key): self.plain(item) for key, item in value.attributes.items()}
+        return f"<{type(value).__name__}>"
+
+    def _plain_tensor(self, tensor: Tensor) -> Any:
+        if tensor.numel() > SMALL_ELEMENTS or tensor.layout != torch.strided:
+            return f"<tensor of shape {tuple(tensor.shape)}, not carried over>"
+        return self.source(tensor).read(0, tensor.numel()).view(tensor.shape).tolist()
+
+
+def _check_byte_order(path: Path) -> None:
+    """Refuse a file of a machine with the other byte order: intervals are read as they lie."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith("/byteorder") and (order := archive.read(name).decode()) != sys.byteorder:
+                raise CheckpointError(
+                    f"{path} was written on a {order}-endian machine, and this one is {sys.byteorder}-endian. Load "
+                    f"and save it with PyTorch on this machine first."
+                )
+
+
+def _refused(path: Path, error: Exception) -> CheckpointError:
+    found = REFUSED.search(str(error))
+    named = (found.group(1) or found.group(2)).rstrip(",.") if found else None
+    cause = f"names the Python object {named}" if named else f"is no plain checkpoint ({_first_line(error)})"
+    return CheckpointError(
+        f"{path} {cause}, which zerofit will not load: unpickling can run any code, so only tensors, plain values and "
+        f"a short list of harmless types are admitted. Nothing of it was run. If you trust the file, save its weights "
+        f"again in the program that wrote it, with torch.save(model.state_dict(), FILE)."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
