@@ -72,7 +72,8 @@ def resolve(contents: Contents, model: ModelConfig | None) -> Foreign:
     if model is not None:
         _check_hidden_fields(contents, architecture, told, model)
     found = model or told
-    if found is not None and found.vocab_size is not None:
+    if found is not None:
+        found = _with_vocabulary(contents, architecture, found, shapes)
         _fit_vocabulary(contents, tensors, architecture, found)
         _drop_zero_biases(contents, tensors, found)
         _check_shapes(contents, tensors, found.parameter_shapes())
@@ -139,6 +140,20 @@ def _check_hidden_fields(
     if told is None:
         fields = ", ".join(f"{name} {getattr(model, name)}" for name in architecture.hidden_fields)
         contents.note(f"The source does not tell {fields}: taken from the configuration.")
+
+
+def _with_vocabulary(
+    contents: Contents, architecture: Architecture, model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> ModelConfig:
+    """A configuration may leave the vocabulary to the data; here the source's table has it."""
+    table = architecture.vocabulary_table
+    if model.vocab_size is not None or table is None:
+        return model
+    if table not in shapes:
+        raise CheckpointError(f"{contents.folder} ({contents.what}) lacks {table}. Name the model it was written from.")
+    rows = shapes[table][0]
+    contents.note(f"The configuration names no vocabulary: {rows} tokens, the rows of {table}, are taken.")
+    return model.model_copy(update={"vocab_size": rows, "pad_vocab_to": 1})
 
 
 def _fit_vocabulary(contents: Contents, tensors: Tensors, architecture: Architecture, model: ModelConfig) -> None:
