@@ -130,6 +130,8 @@ def save_nanogpt(path: Path, config: GPT2Config = MODEL, wrap: str = "") -> Expe
         model(**batch(0, step, config))["loss"].backward()
         optimizer.step()
     weights = {wrap + nanogpt_name(name): tensor for name, tensor in model.state_dict().items()}
+    for layer in range(config.n_layer):  # the causal masks of its versions for older PyTorch
+        weights[f"{wrap}transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 6, 6).tril()
     args = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")}
     checkpoint = {
         "model": weights,

@@ -21,6 +21,7 @@ from zerofit.checkpoint import export as export_module
 from zerofit.checkpoint import store
 from zerofit.checkpoint.export import export
 from zerofit.checkpoint.foreign import Foreign, open_foreign
+from zerofit.checkpoint.foreign.sources import INTERVAL_ELEMENTS
 from zerofit.checkpoint.model import load_model, saved_model_config
 from zerofit.cli.export import parse_bytes
 from zerofit.config.models import GPT2Config
@@ -238,6 +239,35 @@ def test_the_tokenizer_comes_from_tiktokens_cache(tmp_path: Path, monkeypatch: p
     done = export(saved, MODEL, tmp_path / "again", to="huggingface")
     assert any("cache does not hold" in note for note in done.notes)
     assert not (tmp_path / "again" / "vocab.json").exists()
+
+
+class Endless:
+    """A checkpoint without a file: element i of every tensor is i; remembers the longest interval it was asked for."""
+
+    folder, step, scalars, state = Path("nowhere"), 3, {"optimizer_steps": 3.0}, {"best_loss": None}
+
+    def __init__(self, model: GPT2Config) -> None:
+        self.model, self.longest = model, 0
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.model.parameter_shapes()
+
+    def read(self, name: str, role: str, start: int, stop: int) -> torch.Tensor:
+        self.longest = max(self.longest, stop - start)
+        return torch.arange(start, stop, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_memory_is_an_interval(to: str, tmp_path: Path) -> None:
+    """A table of more than one interval is never asked for, written or compared in one piece."""
+    wide = GPT2Config(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=INTERVAL_ELEMENTS // 4 + 1000)
+    source = Endless(wide)
+    export(source, wide, path_for(tmp_path, to), to=to)
+    assert source.longest == INTERVAL_ELEMENTS
+    found = open_foreign(path_for(tmp_path, to), wide)
+    last = found.read("wte.weight", "parameter", INTERVAL_ELEMENTS - 1, INTERVAL_ELEMENTS + 2)
+    assert last is not None
+    assert last.tolist() == [INTERVAL_ELEMENTS - 1, INTERVAL_ELEMENTS, INTERVAL_ELEMENTS]  # 2^24 + 1 is no fp32
 
 
 # ------------------------------------------------------------------------------------------------ foreign to foreign

@@ -7,6 +7,8 @@ import collections
 import json
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,24 @@ def test_transformers_own_files(tmp_path: Path) -> None:
     torch.testing.assert_close(mine(tokens), model(tokens).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_moments_of_transposed_matrices_are_transposed_too(named: bool, tmp_path: Path) -> None:
+    weights = huggingface_weights(build_model())
+    parameters = {n: torch.nn.Parameter(t) for n, t in weights.items() if not n.endswith((".attn.bias", "masked_bias"))}
+    parameters.pop("lm_head.weight")
+    optimizer = torch.optim.AdamW(list(parameters.items()) if named else list(parameters.values()))
+    for parameter in parameters.values():
+        parameter.grad = torch.randn(parameter.shape)
+    optimizer.step()
+    torch.save({"model": dict(parameters), "optimizer": optimizer.state_dict(), "step": 1}, tmp_path / "ckpt.pt")
+    found = open_foreign(tmp_path / "ckpt.pt", MODEL)
+    for name in ("h.1.mlp.c_fc.weight", "h.0.attn.c_proj.weight", "wte.weight"):
+        theirs = optimizer.state[parameters[f"transformer.{name}"]]["exp_avg_sq"]
+        mine = found.read(name, "exp_avg_sq", 0, theirs.numel())
+        assert mine is not None
+        assert torch.equal(mine, (theirs if name == "wte.weight" else theirs.t()).flatten())
+
+
 # ------------------------------------------------------------------------------------------------ plain state dicts
 
 
@@ -242,6 +262,13 @@ def test_harmless_types_of_training_scripts_are_admitted(tmp_path: Path) -> None
     json.dumps(found.state)
 
 
+def test_a_list_that_holds_itself_is_cut(tmp_path: Path) -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    torch.save({"model": build_model().state_dict(), "endless": endless}, tmp_path / "ckpt.pt")
+    assert "too deeply" in json.dumps(open_foreign(tmp_path / "ckpt.pt", MODEL).state)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK", b"garbage" * 100, b"\x80\x02}."])
 def test_files_that_are_no_checkpoints(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(content)
@@ -270,3 +297,34 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_foreign(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="no checkpoint that zerofit knows"):
         open_foreign(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+READ_ALL = """
+import resource, sys
+from pathlib import Path
+from zerofit.checkpoint.foreign.sources import intervals
+from zerofit.checkpoint.foreign.torch_file import TorchFile
+
+def peak():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+before = peak()
+file = TorchFile(Path(sys.argv[1]))
+for tensor in file.content.values():
+    source = file.source(tensor)
+    for start, stop in intervals(tensor.numel(), 1 << 22):
+        source.read(start, stop)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_reading_a_file_takes_a_fraction_of_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({name: torch.zeros(1 << 25) for name in ("a", "b")}, path)
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ALL, str(path)], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(done.stdout) < path.stat().st_size / 2

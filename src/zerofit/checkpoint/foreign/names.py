@@ -177,3 +177,8 @@ class GPT2Names:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {"gpt2": GPT2Names()}
+
+
+def is_buffer(name: str) -> bool:
+    """True for a foreign tensor that is no parameter in any architecture: no optimizer has a state for it."""
+    return any(architecture.canonical(name) is None for architecture in ARCHITECTURES.values())

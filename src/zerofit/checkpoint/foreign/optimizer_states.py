@@ -34,8 +34,9 @@ def add_moments_in_order(
 ) -> None:
     """Moments (and fp32 masters) of an optimizer that was given whole parameters.
 
-    The states' order is that of the groups given to the optimizer: all parameters in the model's order, or matrices
-    first and vectors after them (nanoGPT's `configure_optimizers`). The order that fits every shape is taken.
+    The states' order is that of the groups given to the optimizer: by name where the groups have names, else all
+    parameters in the model's order, or matrices first and vectors after them (nanoGPT's `configure_optimizers`). The
+    first order that fits every shape is taken.
 
     Args:
         parameters: of the model, in its order; tied ones may appear under each of their names.
@@ -93,7 +94,9 @@ def _order(
     names = list(parameters)
     matrices = [name for name in names if parameters[name].dim() >= 2]
     vectors = [name for name in names if parameters[name].dim() < 2]
-    candidates = [[names], [matrices, vectors], [vectors, matrices]]
+    named = [list(group.get("param_names", [])) for group in inner["param_groups"]]
+    candidates = [named] if all(name in parameters for group in named for name in group) else []
+    candidates += [[names], [matrices, vectors], [vectors, matrices]]
     for candidate in candidates:
         if flat:
             lengths = [sum(parameters[name].numel() for name in group) for group in candidate]

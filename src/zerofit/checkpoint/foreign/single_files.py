@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from .contents import PARAMETER, Contents
+from .names import is_buffer
 from .optimizer_states import add_moments_in_order
 from .sources import FileSource
 from .torch_file import TorchFile
@@ -87,7 +88,8 @@ def _carry_script_state(contents: Contents, file: TorchFile, nested: str, parame
         contents.state["client_state"] = client
     optimizer = next((content[key] for key in content if _is_optimizer(key)), None)
     if isinstance(optimizer, Mapping) and optimizer.get("param_groups"):
-        add_moments_in_order(contents, file, parameters, optimizer)
+        trained = {name: tensor for name, tensor in parameters.items() if not is_buffer(name)}
+        add_moments_in_order(contents, file, trained, optimizer)
     found = bool(contents.tensors["exp_avg"])
     contents.note("The optimizer's moments were carried over." if found else "No moments were carried over.")
 

@@ -22,6 +22,8 @@ from .stand_ins import STAND_INS, Inert
 REFUSED = re.compile(r"GLOBAL (\S+)|unrecognized function (.+?)(?: which|$)", re.MULTILINE)
 #: Elements of a tensor that is small enough to be a value of a client state.
 SMALL_ELEMENTS = 16
+#: Levels of a client state that are carried over; a list may hold itself.
+DEEPEST = 12
 
 
 class TorchFile:
@@ -34,6 +36,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._size_bytes = path.stat().st_size if path.is_file() else 0
         self._indexed = zipfile.is_zipfile(path)
         self.content = self._load()
 
@@ -61,7 +64,7 @@ class TorchFile:
         """Where the data of a tensor of `content` lies.
 
         Raises:
-            CheckpointError: the tensor is sparse or quantized.
+            CheckpointError: the tensor is sparse or quantized, or lies beyond the end of the file.
         """
         if tensor.layout != torch.strided or tensor.is_quantized:
             raise CheckpointError(
@@ -72,15 +75,18 @@ class TorchFile:
             return MemorySource(tensor.detach())
         start = tensor.untyped_storage()._checkpoint_offset
         assert start is not None, "torch.load to the meta device tells the offset of every storage"
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        elements = span if tensor.numel() else 0
         offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
+        if offset + elements * tensor.dtype.itemsize > self._size_bytes:
+            raise CheckpointError(
+                f"{self.path} has {self._size_bytes} bytes, and a tensor of shape {tuple(tensor.shape)} is said to lie "
+                f"at byte {offset}. It is cut off or damaged; copy it again from where it was written."
+            )
         if tensor.is_contiguous():
             return FileSource(self.path, offset, tensor.dtype, tuple(tensor.shape))
-        return self._gathered(tensor, offset)
-
-    def _gathered(self, tensor: Tensor, offset: int) -> Source:
-        """A view with gaps or in another order: its span is read into memory at once."""
-        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        flat = FileSource(self.path, offset, tensor.dtype, (span,)).read(0, span)
+        # A view with gaps or in another order: its span is read into memory at once.
+        flat = FileSource(self.path, offset, tensor.dtype, (elements,)).read(0, elements)
         return MemorySource(flat.as_strided(tensor.shape, tensor.stride()).contiguous())
 
     def number(self, value: Any) -> float | None:
@@ -89,20 +95,22 @@ class TorchFile:
             return float(self.source(value).read(0, 1).item()) if value.numel() == 1 else None
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
-    def plain(self, value: Any) -> Any:
+    def plain(self, value: Any, depth: int = 0) -> Any:
         """A value as JSON can say it: small tensors as numbers, large ones and unknown objects as a description."""
+        if depth > DEEPEST:
+            return "<nested too deeply, not carried over>"
         if value is None or isinstance(value, str | bool | int):
             return value
         if isinstance(value, float):
             return value if math.isfinite(value) else str(value)
         if isinstance(value, Mapping):
-            return {str(key): self.plain(item) for key, item in value.items()}
+            return {str(key): self.plain(item, depth + 1) for key, item in value.items()}
         if isinstance(value, list | tuple | set):
-            return [self.plain(item) for item in value]
+            return [self.plain(item, depth + 1) for item in value]
         if isinstance(value, Tensor):
             return self._plain_tensor(value)
         if isinstance(value, Inert):
-            return {str(key): self.plain(item) for key, item in value.attributes.items()}
+            return {str(key): self.plain(item, depth + 1) for key, item in value.attributes.items()}
         return f"<{type(value).__name__}>"
 
     def _plain_tensor(self, tensor: Tensor) -> Any:
