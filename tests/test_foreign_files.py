@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,16 @@ def test_a_list_that_holds_itself_is_cut(tmp_path: Path) -> None:
     endless.append(endless)
     torch.save({"model": build_model().state_dict(), "endless": endless}, tmp_path / "ckpt.pt")
     assert "too deeply" in json.dumps(open_foreign(tmp_path / "ckpt.pt", MODEL).state)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_file_that_was_packed_again_is_refused(method: int, tmp_path: Path) -> None:
+    torch.save(build_model().state_dict(), tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "model.pt") as old, zipfile.ZipFile(tmp_path / "again.pt", "w", method) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    with pytest.raises(CheckpointError, match=r"again\.pt.*(packed again|cannot be read)"):
+        open_foreign(tmp_path / "again.pt", MODEL)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"garbage" * 100, b"\x80\x02}."])

@@ -91,7 +91,7 @@ def _carry_script_state(contents: Contents, file: TorchFile, nested: str, parame
         trained = {name: tensor for name, tensor in parameters.items() if not is_buffer(name)}
         add_moments_in_order(contents, file, trained, optimizer)
     found = bool(contents.tensors["exp_avg"])
-    contents.note("The optimizer's moments were carried over." if found else "No moments were carried over.")
+    contents.note("It holds the optimizer's moments." if found else "It holds no moments that can be read.")
 
 
 def _is_optimizer(key: Any) -> bool:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import struct
 import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,7 @@ class TorchFile:
         # The zip format tells where a tensor lies, and loading to "meta" leaves it there. The old format has no index.
         admitted: Any = [(stand_in, name) for name, stand_in in STAND_INS.items()]
         try:
-            if self._indexed:
-                _check_byte_order(self.path)
+            self._offsets = data_offsets(self.path) if self._indexed else frozenset()
             with torch.serialization.safe_globals(admitted):
                 return torch.load(self.path, map_location="meta" if self._indexed else "cpu", weights_only=True)
         except FileNotFoundError as error:
@@ -74,7 +74,12 @@ class TorchFile:
         if tensor.device.type != "meta":
             return MemorySource(tensor.detach())
         start = tensor.untyped_storage()._checkpoint_offset
-        assert start is not None, "torch.load to the meta device tells the offset of every storage"
+        if start not in self._offsets:
+            # PyTorch computes offsets from the layout of its own writer.
+            raise CheckpointError(
+                f"{self.path} was packed again or compressed after PyTorch wrote it, and is read only as PyTorch "
+                f"writes it. Load and save it with PyTorch, or unpack the original."
+            )
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         elements = span if tensor.numel() else 0
         offset = start + int(tensor.storage_offset()) * tensor.dtype.itemsize
@@ -119,15 +124,31 @@ class TorchFile:
         return self.source(tensor).read(0, tensor.numel()).view(tensor.shape).tolist()
 
 
-def _check_byte_order(path: Path) -> None:
-    """Refuse a file of a machine with the other byte order: intervals are read as they lie."""
-    with zipfile.ZipFile(path) as archive:
+#: A local header before its name, and where in it the lengths of name and extra field stand (APPNOTE 4.3.7).
+LOCAL_BYTES, LENGTHS_AT = 30, 26
+
+
+def data_offsets(path: Path) -> frozenset[int]:
+    """First bytes of the uncompressed entries of a zip file.
+
+    Raises:
+        CheckpointError: written on a machine with the other byte order; intervals are read as they lie.
+    """
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for name in archive.namelist():
             if name.endswith("/byteorder") and (order := archive.read(name).decode()) != sys.byteorder:
                 raise CheckpointError(
                     f"{path} was written on a {order}-endian machine, and this one is {sys.byteorder}-endian. Load "
                     f"and save it with PyTorch on this machine first."
                 )
+        stored = [entry for entry in archive.infolist() if entry.compress_type == zipfile.ZIP_STORED]
+        return frozenset(_data_offset(file, entry.header_offset) for entry in stored)
+
+
+def _data_offset(file: IO[bytes], header: int) -> int:
+    file.seek(header + LENGTHS_AT)
+    name, extra = struct.unpack("<2H", file.read(4))
+    return header + LOCAL_BYTES + int(name) + int(extra)
 
 
 def _refused(path: Path, error: Exception) -> CheckpointError:

@@ -359,7 +359,7 @@ def _note_roles(contents: Contents, config: Any) -> None:
     if missing:
         contents.note(f"{' and '.join(missing)} were not stored: the optimizer starts afresh.")
     else:
-        contents.note("The optimizer's moments were carried over.")
+        contents.note("It holds the optimizer's moments.")
     half = [k for k in ("bf16", "fp16") if isinstance(config, dict) and (config.get(k) or {}).get("enabled")]
     if half:
         contents.note(f"It was trained in {half[0]}.")
