@@ -41,6 +41,7 @@ VERBS = {
     "eval": Verb("zerofit.cli.evaluate:evaluate", "Evaluate a checkpoint."),
     "generate": Verb("zerofit.cli.generate:generate", "Write text with a trained model."),
     "checkpoint": Verb("zerofit.cli.checkpoint:app", "List, verify, name and remove a run's checkpoints."),
+    "export": Verb("zerofit.cli.export:export", "Write a checkpoint for other programs, or convert theirs."),
     "presets": Verb("zerofit.cli.presets:presets", "List the presets, or print one as YAML."),
     "version": Verb("zerofit.cli.version:version", "Print the versions of zerofit and of what it stands on."),
 }

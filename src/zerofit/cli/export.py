@@ -1,0 +1,91 @@
+"""``zerofit export``: a checkpoint in a format that other programs read."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..checkpoint.foreign import Foreign
+    from ..checkpoint.store import Saved
+    from ..config.models import ModelConfig
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="A run folder, a step folder, or a checkpoint of another program.")],
+    out: Annotated[Path, typer.Argument(help="File (pt, or NAME.safetensors) or folder to write.")],
+    to: Annotated[Literal["pt", "safetensors", "huggingface", "deepspeed"], typer.Option(help="Format to write.")],
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Type of the weights.")] = "fp32",
+    checkpoint: Annotated[str, typer.Option(help="Of a run: latest, best, final, or a step.")] = "latest",
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, as 5GB or 512MiB.")] = "5GB",
+    config: Annotated[Path | None, typer.Option(help="Configuration with the model of a foreign checkpoint.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset with the model of a foreign checkpoint.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a checkpoint as a state dict, safetensors, a Hugging Face folder or a DeepSpeed folder.
+
+    The source is a run of zerofit, or a checkpoint of DeepSpeed, nanoGPT, Hugging Face or PyTorch: its kind is told
+    from its content. What was written is read back and compared before it gets its name.
+    """
+    shard_bytes = parse_bytes(max_shard_size)
+    from ..checkpoint.export import export as write
+
+    found, model = _open(source, checkpoint, config, preset)
+    done = write(found, model, out, to=to, dtype=dtype, shard_bytes=shard_bytes, force=force)
+    notes = [*getattr(found, "notes", ()), *done.notes]
+    if as_json:
+        keys = ("to", "dtype", "files", "size_bytes", "parameters", "step")
+        print(json.dumps({"path": str(done.path), **{key: getattr(done, key) for key in keys}, "notes": notes}))
+    else:
+        print("\n".join([*notes, done.describe()]))
+
+
+def _open(
+    source: Path, checkpoint: str, config: Path | None, preset: str | None
+) -> tuple[Saved | Foreign, ModelConfig]:
+    """The checkpoint and its model.
+
+    Raises:
+        ConfigError: a model was named for a run that knows its own, or none for a source that does not tell it.
+    """
+    from ..checkpoint.foreign import open_foreign
+    from ..checkpoint.model import saved_model_config
+    from ..config.load import load_config
+    from .saved_run import open_run
+
+    asked = load_config(config, preset).config.model if config or preset else None
+    if (source / "manifest.json").is_file() or (source / "checkpoints").is_dir():
+        if asked is not None:
+            raise ConfigError(f"{source} is a run of zerofit and knows its model: leave out --config and --preset.")
+        saved = open_run(source, checkpoint)
+        return saved, saved_model_config(saved)
+    found = open_foreign(source, asked)
+    if found.model is None:
+        raise ConfigError(
+            f"{source} ({found.what}) does not tell the whole shape of its model: the tensors do not show how "
+            f"many heads it has. Name it with --config FILE or --preset NAME (`zerofit presets` lists them)."
+        )
+    return found, found.model
+
+
+def parse_bytes(text: str) -> int:
+    """``5GB``, ``512MiB``, ``1.5 GB`` or a bare number of bytes.
+
+    Raises:
+        ConfigError: anything else, or nothing.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = UNITS.get(found.group(2).upper()) if found else None
+    size = int(float(found.group(1)) * unit) if found and unit else 0
+    if size < 1:
+        raise ConfigError(f"--max-shard-size {text!r} is no size. Write a number and KB, MB, GB, KiB, MiB or GiB: 5GB.")
+    return size
