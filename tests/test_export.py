@@ -22,7 +22,9 @@ from zerofit.checkpoint import store
 from zerofit.checkpoint.export import export
 from zerofit.checkpoint.foreign import Foreign, open_foreign
 from zerofit.checkpoint.foreign.sources import INTERVAL_ELEMENTS
-from zerofit.checkpoint.model import load_model, saved_model_config
+from zerofit.checkpoint.model import load_model, model_config
+from zerofit.checkpoint.retention import Retention
+from zerofit.checkpoint.saver import Request, Saver
 from zerofit.cli.export import parse_bytes
 from zerofit.config.models import GPT2Config
 from zerofit.errors import CheckpointError, ConfigError, RequestError
@@ -47,10 +49,13 @@ def save_run(root: Path, config: GPT2Config = MODEL, data_path: str = "nowhere")
             Fragment(name, role, tuple(parameter.shape), 0, value.reshape(-1)) for role, value in values.items()
         ]
     state = {"model": config.model_dump(), "data_path": data_path, "best_loss": 1.5, "best_step": 5, "metrics": {}}
+    (root / "checkpoints").mkdir(parents=True)
     alone = World(0, 1, 0, torch.device("cpu"))
-    folder = store.save(root / "checkpoints", 7, fragments, {"optimizer_steps": 6.0}, state, alone)
-    store.point(root / "checkpoints", "latest", folder)
-    return store.open_checkpoint(folder)
+    saver = Saver(root / "checkpoints", alone, Retention(1), 0, asynchronous=True, patience_seconds=10)
+    saver.begin(Request(7, {"optimizer_steps": 6.0}, state, {}, ("latest",)), fragments, lambda wait: wait())
+    assert saver.finish()
+    saver.close()
+    return store.open_checkpoint(root / "checkpoints" / "step-00000007")
 
 
 def path_for(tmp_path: Path, to: str) -> Path:
@@ -204,7 +209,7 @@ def test_transformers_computes_the_same_logits(config: GPT2Config, tmp_path: Pat
 def test_huggingface_files(tmp_path: Path) -> None:
     """The same without transformers: names, layouts, rows, zeros."""
     saved = save_run(tmp_path / "run", PADDED.model_copy(update={"bias": False}))
-    done = export(saved, saved_model_config(saved), tmp_path / "out", to="huggingface")
+    done = export(saved, model_config(saved), tmp_path / "out", to="huggingface")
     assert any("biases were written as zeros" in note for note in done.notes)
     assert any("51 padding rows" in note for note in done.notes)
     theirs, weights = load_file(tmp_path / "out" / "model.safetensors"), weights_of(saved)
@@ -312,10 +317,10 @@ def test_force_never_replaces_what_is_no_export(to: str, tmp_path: Path) -> None
 
 
 def test_a_full_disk_is_seen_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    saved, usage = save_run(tmp_path / "run"), shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(RequestError, match=r"0\.00 GiB free"):
-        export(save_run(tmp_path / "run"), MODEL, tmp_path / "out.pt", to="pt")
+        export(saved, MODEL, tmp_path / "out.pt", to="pt")
 
 
 def test_fp16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config.models import ModelConfig
 from ..errors import CheckpointError
 from ..types import Scalars
+from .foreign import open_foreign
 from .manifest import MANIFEST, step_folders
 from .retention import find_whole
 from .store import Saved, open_checkpoint
@@ -56,7 +57,8 @@ def open_source(path: Path, model: ModelConfig | None, *, verified: bool = False
         return own
     if not path.exists():
         raise CheckpointError(f"There is nothing at {path}. Give a run folder, a checkpoint, or another tool's files.")
-    raise CheckpointError(f"{path} holds no checkpoint of zerofit's. Give a run folder or a step folder.")
+    source: Source = open_foreign(path, model)
+    return source
 
 
 def own_checkpoint(path: Path, which: str = "latest") -> Saved | None:

@@ -34,9 +34,10 @@ def list_checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
         print(json.dumps(rows))
         return
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
-    for name in ("step", "val_loss", "size", "saved under", "saved at", "names"):
-        table.add_column(name, no_wrap=True, justify="right" if name in ("step", "val_loss", "size") else "left")
-    table.add_column("state")
+    for name in ("step", "val_loss", "size", "saved under"):
+        table.add_column(name, no_wrap=True, justify="left" if name == "saved under" else "right")
+    for name in ("names", "state"):
+        table.add_column(name, overflow="fold")
     for row in rows:
         loss, size = row["val_loss"], row["size_bytes"]
         table.add_row(
@@ -44,7 +45,6 @@ def list_checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
             "" if loss is None else f"{loss:.4f}",
             "" if size is None else format_bytes(size),
             "" if row["strategy"] is None else f"{row['strategy']} x {row['world_size']}",
-            row["saved_at"] or "",
             " ".join(row["names"]),
             row["damage"] or "whole",
             style=None if row["damage"] is None else "red",

@@ -58,16 +58,16 @@ def _open(
         ConfigError: a model was named for a run that knows its own, or none for a source that does not tell it.
     """
     from ..checkpoint.foreign import open_foreign
-    from ..checkpoint.model import saved_model_config
+    from ..checkpoint.model import model_config
+    from ..checkpoint.source import own_checkpoint
     from ..config.load import load_config
-    from .saved_run import open_run
 
     asked = load_config(config, preset).config.model if config or preset else None
-    if (source / "manifest.json").is_file() or (source / "checkpoints").is_dir():
+    saved = own_checkpoint(source, checkpoint)
+    if saved is not None:
         if asked is not None:
             raise ConfigError(f"{source} is a run of zerofit and knows its model: leave out --config and --preset.")
-        saved = open_run(source, checkpoint)
-        return saved, saved_model_config(saved)
+        return saved, model_config(saved)
     found = open_foreign(source, asked)
     if found.model is None:
         raise ConfigError(

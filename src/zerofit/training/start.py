@@ -200,12 +200,14 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
         return Start("resume", found.folder)
     if start.checkpoint is not None:
         from ..checkpoint.source import open_source
+        from ..checkpoint.store import Saved
 
         source = open_source(start.checkpoint, plan.model)
         check_same_model(source.folder, source.shapes(), plan.model)
         for note in source.notes if start.how == "load" else ():
             _say(console, note)
-        return Start(start.how, source.folder)
+        # Of another tool's folder the ranks look at all that lies there, as was done here.
+        return Start(start.how, source.folder if isinstance(source, Saved) else start.checkpoint)
     return start
 
 
