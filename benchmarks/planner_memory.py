@@ -259,7 +259,7 @@ class Schedule:
         environment = {
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
             "ZEROFIT_BENCH_GATE": str(gate),
-            "OMP_NUM_THREADS": "4",
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.args.gpus)),
         }
         outcome = run_trial(Trial(Path(__file__), arguments, len(devices), 900, environment))
         row = {"status": outcome.status, "seconds": outcome.seconds, "case": CASES[name]}
