@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 CASES = ("zerofit", "deepspeed", "dcp")
-SAVES = 4
 #: Steps between saves, of which the first ones may be held up.
 STEPS_BETWEEN = 12
 
@@ -34,6 +33,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--folder", type=Path, default=Path("/tmp/zerofit-checkpoints"))
     parser.add_argument("--out", type=Path, default=Path("checkpoints.json"))
+    parser.add_argument("--saves", type=int, default=4)
     parser.add_argument("--limit-seconds", type=float, default=200)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--case", default="")
@@ -54,7 +54,7 @@ def run_all(args: argparse.Namespace) -> None:
     for name in args.cases.split(","):
         shutil.rmtree(args.folder, ignore_errors=True)
         args.folder.mkdir(parents=True)
-        arguments = ["--case", name, "--gpus", str(args.gpus), "--folder", str(args.folder)]
+        arguments = ["--case", name, "--gpus", str(args.gpus), "--folder", str(args.folder), "--saves", str(args.saves)]
         outcome = run_trial(
             Trial(Path(__file__), arguments + (["--small"] if args.small else []), args.gpus, args.limit_seconds)
         )
@@ -78,8 +78,8 @@ def run_case(args: argparse.Namespace) -> None:
     for index in range(4):
         step(index)
     synchronize()
-    for save in range(SAVES):
-        if save == SAVES - 1 and isinstance(saves, ZerofitSaves):
+    for save in range(args.saves):
+        if save == args.saves - 1 and isinstance(saves, ZerofitSaves):
             saves.remember()
         synchronize()
         since = time.perf_counter()

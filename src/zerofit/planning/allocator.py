@@ -4,7 +4,9 @@ The rules of ``c10/cuda/CUDACachingAllocator.cpp`` (torch 2.11), with its defaul
 
 - sizes are rounded up to 512 bytes; up to 1 MiB comes from segments of 2 MiB, below 10 MiB from segments of 20 MiB,
   anything larger from a segment of its own, rounded up to 2 MiB;
-- a free block is taken by best fit (the smallest that is large enough), from the same pool and the same stream;
+- a free block is taken by best fit (the smallest that is large enough, of equals that with the lowest address), from
+  the same pool and the same stream; segments get lower and lower addresses (seen on H200s with CUDA 13), which decides
+  what splits the largest blocks;
 - what is left of it becomes a free block when it is at least 512 bytes (small pool) or more than 1 MiB (large pool),
   otherwise it is part of the allocation;
 - freed blocks merge with free neighbours of their segment;
@@ -22,6 +24,8 @@ ROUND_BYTES = 512
 SMALL_BYTES, SMALL_SEGMENT_BYTES = MIB, 2 * MIB
 MEDIUM_BYTES, MEDIUM_SEGMENT_BYTES = 10 * MIB, 20 * MIB
 LARGE_ROUND_BYTES = 2 * MIB
+#: Lower than any address that `CachingAllocator` gives out.
+_BELOW_ALL = -(1 << 62)
 
 
 class OutOfMemory(Exception):
@@ -31,10 +35,10 @@ class OutOfMemory(Exception):
 class _Block:
     """A part of a segment; neighbours in it are linked."""
 
-    __slots__ = ("after", "before", "free", "number", "pool", "size")
+    __slots__ = ("address", "after", "before", "free", "pool", "size")
 
-    def __init__(self, number: int, size: int, pool: tuple[bool, int]) -> None:
-        self.number, self.size, self.pool = number, size, pool
+    def __init__(self, address: int, size: int, pool: tuple[bool, int]) -> None:
+        self.address, self.size, self.pool = address, size, pool
         self.free = False
         self.before: _Block | None = None
         self.after: _Block | None = None
@@ -66,7 +70,7 @@ class CachingAllocator:
         self.peak_allocated_bytes = self.peak_reserved_bytes = 0
         self._free: dict[tuple[bool, int], list[tuple[int, int, _Block]]] = {}
         self._used: dict[int, _Block] = {}
-        self._numbers = 0
+        self._lowest_address = 0
 
     def alloc(self, key: int, size_bytes: int, stream: int = 0) -> None:
         """Allocate under `key`. Zero bytes allocate nothing, but may be freed."""
@@ -74,7 +78,7 @@ class CachingAllocator:
         small = size <= SMALL_BYTES
         pool = (small, stream)
         free = self._free.setdefault(pool, [])
-        index = bisect_left(free, (size, -1))
+        index = bisect_left(free, (size, _BELOW_ALL))
         if index < len(free):
             block = free.pop(index)[2]
             block.free = False
@@ -95,10 +99,10 @@ class CachingAllocator:
         free = self._free[block.pool]
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free:
-                del free[bisect_left(free, (neighbour.size, neighbour.number))]
+                del free[bisect_left(free, (neighbour.size, neighbour.address))]
                 self._merge(block, neighbour)
         block.free = True
-        insort(free, (block.size, block.number, block))
+        insort(free, (block.size, block.address, block))
 
     def _segment(self, size: int, pool: tuple[bool, int]) -> _Block:
         if size <= SMALL_BYTES:
@@ -113,8 +117,8 @@ class CachingAllocator:
                 raise OutOfMemory
         self.reserved_bytes += total
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        self._numbers += 1
-        return _Block(self._numbers, total, pool)
+        self._lowest_address -= total
+        return _Block(self._lowest_address, total, pool)
 
     def empty_cache(self) -> None:
         """Whole free segments go back to the driver."""
@@ -124,21 +128,21 @@ class CachingAllocator:
             self._free[pool][:] = [entry for entry in free if entry not in whole]
 
     def _split(self, block: _Block, size: int, free: list[tuple[int, int, _Block]]) -> None:
-        self._numbers += 1
-        rest = _Block(self._numbers, block.size - size, block.pool)
+        rest = _Block(block.address + size, block.size - size, block.pool)
         block.size = size
         rest.before, rest.after = block, block.after
         if block.after is not None:
             block.after.before = rest
         block.after = rest
         rest.free = True
-        insort(free, (rest.size, rest.number, rest))
+        insort(free, (rest.size, rest.address, rest))
 
     @staticmethod
     def _merge(block: _Block, neighbour: _Block) -> None:
         """`block` takes over a neighbour."""
         block.size += neighbour.size
         if neighbour is block.before:
+            block.address = neighbour.address
             block.before = neighbour.before
             if block.before is not None:
                 block.before.after = block

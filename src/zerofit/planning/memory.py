@@ -24,8 +24,6 @@ from .timeline import EngineModel, Ledger, parameter_elements, simulate
 from .zero_memory import swapped_bytes, zero_state_bytes
 
 MIB = 1024**2
-#: Threads that multiply matrices, each with a cuBLAS handle and workspace of its own: forward's and backward's.
-WORKSPACES = 2
 #: One rank's process before it holds anything of ours: interpreter, PyTorch, CUDA's libraries. Not measured.
 PROCESS_BYTES = 2048 * MIB
 
@@ -36,7 +34,7 @@ class DeviceConstants:
 
     Attributes:
         context_bytes: CUDA context and loaded kernels, outside PyTorch's allocator.
-        nccl_bytes: more of that with more than one rank, after the first collectives.
+        nccl_bytes: more of that with a process group, which ZeRO opens for one rank too.
         workspace_bytes: cuBLAS workspace per handle and stream, inside PyTorch's allocator.
     """
 
@@ -45,11 +43,12 @@ class DeviceConstants:
     workspace_bytes: int
 
 
-#: Measured on 4 NVIDIA H200 (driver 580, torch 2.11 with CUDA 13.0): 986 MiB after init with NCCL, 1,460 MiB after
-#: the first collectives. cuBLAS takes 32 MiB a handle and stream on Hopper.
-H200 = DeviceConstants(context_bytes=600 * MIB, nccl_bytes=860 * MIB, workspace_bytes=32 * MIB)
+#: Measured on NVIDIA H200 (driver 580, torch 2.11 with CUDA 13.0): the driver showed 751 to 771 MiB more than PyTorch
+#: held in 16 cases of one process, 1,715 to 1,757 MiB in 8 cases of ZeRO on one GPU
+#: (benchmarks/results/2026-11-21-h200-memory-1gpu.json). cuBLAS takes 32 MiB a handle and stream on Hopper.
+H200 = DeviceConstants(context_bytes=768 * MIB, nccl_bytes=960 * MIB, workspace_bytes=32 * MIB)
 #: Not measured: other GPUs load fewer kernels; before Hopper cuBLAS takes 8.125 MiB a handle and stream.
-OTHER_GPU = DeviceConstants(context_bytes=500 * MIB, nccl_bytes=700 * MIB, workspace_bytes=8_519_680)
+OTHER_GPU = DeviceConstants(context_bytes=600 * MIB, nccl_bytes=960 * MIB, workspace_bytes=8_519_680)
 #: Without a GPU there is no context, and gloo's buffers are small.
 NO_GPU = DeviceConstants(context_bytes=0, nccl_bytes=0, workspace_bytes=0)
 _BY_KIND: Mapping[str, DeviceConstants] = {"h100": H200, "h200": H200}
@@ -121,13 +120,19 @@ def fits_within(plan: Plan, limit_bytes: int, device: DeviceConstants = H200) ->
         return True
     if plan.device == "cpu":
         return False
-    outside = device.context_bytes + (device.nccl_bytes if plan.world_size > 1 else 0)
+    outside = _outside_bytes(plan, device)
     try:
         ledger, _ = _play(plan, device, *_micro_step(plan))
         simulate_allocator(ledger.sequence, limit_bytes - outside)
     except Exception:  # out of memory, or a model that cannot be traced, whose coarse estimate has just been compared
         return False
     return True
+
+
+def _outside_bytes(plan: Plan, device: DeviceConstants) -> int:
+    """What one process takes of the GPU outside PyTorch's allocator."""
+    grouped = plan.world_size > 1 or plan.strategy.startswith("zero")
+    return device.context_bytes + (device.nccl_bytes if grouped else 0)
 
 
 def _predict(plan: Plan, device: DeviceConstants) -> MemoryPrediction:
@@ -163,8 +168,8 @@ def _play(
     on_gpu = plan.device == "cuda"
     ledger = Ledger(ROUND_BYTES if on_gpu else 1)
     host = Ledger() if on_gpu else ledger
-    workspaces = [device.workspace_bytes] * WORKSPACES if on_gpu else []
-    simulate(plan, ledger, engine_model(plan, ledger, host, events), events, inputs, workspaces)
+    workspace = device.workspace_bytes if on_gpu else 0
+    simulate(plan, ledger, engine_model(plan, ledger, host, events), events, inputs, workspace)
     return ledger, host
 
 
@@ -191,7 +196,7 @@ def _answer(
     host_items: dict[str, int],
     basis: str,
 ) -> MemoryPrediction:
-    outside = device.context_bytes + (device.nccl_bytes if plan.world_size > 1 else 0)
+    outside = _outside_bytes(plan, device)
     return MemoryPrediction(
         items=phases[phase],
         peak_phase=phase,
