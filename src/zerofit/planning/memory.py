@@ -6,13 +6,15 @@ conformance suite compares them with the engines' own tensors).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .coarse import coarse_items
 from .plan import Plan
 from .memory_replicated import ReplicatedModel
 from .memory_zero2 import Zero2Model
+from .memory_zero3 import Zero3Model
+from .template import ModuleEvent, StepEvent
 from .timeline import EngineModel, Ledger
 from .zero_memory import zero_state_bytes
 
@@ -126,8 +128,10 @@ def _replicated_state_bytes(plan: Plan) -> dict[str, int]:
     return items
 
 
-def engine_model(plan: Plan, ledger: Ledger, host: Ledger) -> EngineModel:
+def engine_model(plan: Plan, ledger: Ledger, host: Ledger, events: Sequence[StepEvent]) -> EngineModel:
     """The plan's engine, as far as it allocates."""
+    if plan.strategy == "zero3":
+        return Zero3Model(plan, ledger, host, [event for event in events if isinstance(event, ModuleEvent)])
     if plan.strategy in ("zero1", "zero2"):
         return Zero2Model(plan, ledger, host)
     return ReplicatedModel(plan, ledger)

@@ -192,7 +192,7 @@ class Zero2Model:
         """Average the bucket and hand out its slices."""
         if not self.bucket:
             return
-        if self.separate and not (self.offload and not self.stage2):
+        if self.separate:
             self._fp32_partitions()
         for elements, slices in self._messages():
             self._message(elements, slices)
@@ -259,7 +259,7 @@ class Zero2Model:
 
     def _to_host(self, parameter: str) -> None:
         """At the window's end: the norm in fp64, an fp32 copy for the transfer."""
-        if (self.micro_step > 0 or not self.last) and not self.separate:
+        if self.stage2 and not self.separate and not (self.last and self.micro_step == 0):
             # Accumulated on the host, whole parameters.
             size, key = self.h * self.group_of[parameter].members[parameter], ("host accumulated", parameter)
             if not self.host.is_live(key):
@@ -267,7 +267,7 @@ class Zero2Model:
         if not self.last:
             return
         self.ledger.temporary(8 * self.own[parameter], stream=self.stream)
-        if self.h == 2 and not (self.separate and self.stage2):
+        if self.h == 2 and not self.separate:
             self.ledger.temporary(4 * self.own[parameter], stream=self.stream)
         self._drop(parameter)
 

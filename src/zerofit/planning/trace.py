@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -144,34 +143,39 @@ def _kernel_bytes(func: Any, args: Any) -> int:
     """What the CUDA kernel behind an operator allocates for itself, freed when it is launched.
 
     Attention backward (FlashAttention 2, ``flash_api.cpp``): the query's gradient accumulates in fp32, rows padded to
-    128, and one fp32 number a row. Embedding backward (``Embedding.cu``, more than 3072 indices): sorted indices, and
-    fp32 partial sums of segments of ten.
+    128, and one fp32 number a row. Embedding backward (``Embedding.cu``): sorted indices, and fp32 partial sums of
+    segments of ten (not for up to 3072 indices; counted there too, so that sizes stay linear).
     """
     name = func.__name__
     if "scaled_dot_product" in name and "backward" in name:
         batch, heads, tokens, size = args[1].shape
         rows = batch * heads * (-(-tokens // 128) * 128)
         return int(4 * rows * (-(-size // 32) * 32) + 4 * rows)
-    if name.startswith("embedding_dense_backward") and args[1].numel() > 3072:
-        indices, width = args[1].numel(), args[0].shape[-1]
-        return int(4 * 8 * indices + 4 * width * (indices + indices // 10))
+    if name.startswith("embedding_dense_backward"):
+        row_bytes = 4 * args[0].shape[-1]
+        return int(args[1].numel() * (4 * 8 + row_bytes + -(-row_bytes // 10)))
     return 0
 
 
-class _AsOnGpu(TorchFunctionMode):
-    """Dropout as CUDA does it: fused attention keeps none of its mask, dropout keeps a mask of one byte an element."""
+@contextmanager
+def _as_on_gpu() -> Iterator[None]:
+    """Dropout as CUDA does it: fused attention keeps none of its mask, dropout keeps a mask of one byte an element.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
-            kwargs["dropout_p"] = 0.0
-        if func is F.dropout:
-            return _gpu_dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+    The functions are replaced in their module, because modes do not reach what is recomputed in a backward pass.
+    """
+    attention, dropout = F.scaled_dot_product_attention, F.dropout
 
+    def fused(*args: Any, **kwargs: Any) -> Tensor:
+        return attention(*args, **{**kwargs, "dropout_p": 0.0})
 
-def _gpu_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(x, p, True)[0] if training and p else x
+    def masked(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(x, p, True)[0] if training and p else x
+
+    vars(F).update(scaled_dot_product_attention=fused, dropout=masked)
+    try:
+        yield
+    finally:
+        vars(F).update(scaled_dot_product_attention=attention, dropout=dropout)
 
 
 class _ModuleInput(torch.autograd.Function):
@@ -224,7 +228,7 @@ class _Recording:
             for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
                 self.mode.ignore(tensor)
             self._hook(model)
-            with self.mode, _AsOnGpu() if device == "cuda" else nullcontext():
+            with self.mode, _as_on_gpu() if device == "cuda" else nullcontext():
                 self._run(model, inputs)
 
     def _run(self, model: nn.Module, inputs: Any) -> None:

@@ -127,7 +127,7 @@ def _sharded_states(plan: Plan, part: int) -> dict[str, int]:
     if plan.offload == "none":
         return {"gradients": gradients, "master": 4 * part, "moments": 8 * part}
     if plan.offload == "nvme":
-        sub_groups = (sum(_part(size, plan) for size in members) for members in _sub_groups(plan))
+        sub_groups = (sum(_part(size, plan) for size in members) for members in sub_groups(plan))
         part = sum(size for size in sub_groups if 4 * size < MIN_SWAP_BYTES)
     return {"host_gradients": gradients + 4 * part, "host_master": 4 * part, "host_moments": 8 * part}
 
@@ -136,7 +136,7 @@ def _part(size: int, plan: Plan) -> int:
     return math.ceil(size / plan.world_size)
 
 
-def _sub_groups(plan: Plan) -> Iterator[list[int]]:
+def sub_groups(plan: Plan) -> Iterator[list[int]]:
     """Elements of the parameters that the optimizer steps together (``_create_fp16_sub_groups``)."""
     for group in _groups(plan):
         members: list[int] = []
@@ -152,7 +152,7 @@ def _sub_groups(plan: Plan) -> Iterator[list[int]]:
 def _swap_pools(plan: Plan) -> dict[str, int]:
     """Host buffers through which NVMe is read and written."""
     h, pools = _compute_bytes(plan), 0
-    largest = max(_sub_groups(plan), key=lambda members: sum(_part(size, plan) for size in members))
+    largest = max(sub_groups(plan), key=lambda members: sum(_part(size, plan) for size in members))
     if plan.offload == "nvme":
         pools += STATE_BUFFERS * _aligned([4 * sum(_part(size, plan) for size in largest)])
     if plan.offload_parameters == "nvme":
