@@ -143,9 +143,7 @@ class GPT2Spec:
         return [*model.h, model.head]
 
     def example_inputs(self, config: GPT2Config, samples: int) -> dict[str, Tensor]:
-        return {
-            name: torch.zeros(samples, config.block_size, dtype=torch.int64) for name in ("tokens", "targets")
-        }
+        return {name: torch.zeros(samples, config.block_size, dtype=torch.int64) for name in ("tokens", "targets")}
 
     def decays(self, config: GPT2Config, name: str) -> bool:
         return len(config.parameter_shapes()[name]) >= 2

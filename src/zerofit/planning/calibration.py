@@ -141,9 +141,7 @@ def _published(kind: GpuKind, hardware: Hardware, precision: str) -> Rates:
     )
 
 
-def _with_measured(
-    found: Rates, measured: Calibration, kind: GpuKind, hardware: Hardware, precision: str
-) -> Rates:
+def _with_measured(found: Rates, measured: Calibration, kind: GpuKind, hardware: Hardware, precision: str) -> Rates:
     """The measured rates in place of the published ones; links only where the machine has the same."""
     values: dict[str, Any] = {
         "bandwidth": measured.memory_bandwidth,

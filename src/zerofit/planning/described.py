@@ -93,9 +93,7 @@ def _gpu(flags: Description, here: Hardware) -> Gpu:
 
 def _of_kind(kind: GpuKind, memory_bytes: int | None) -> Gpu:
     size = memory_bytes or kind.memory_bytes
-    return Gpu(
-        name=kind.title, memory_bytes=size, free_bytes=size, capability=kind.capability, rates_of=kind.key
-    )
+    return Gpu(name=kind.title, memory_bytes=size, free_bytes=size, capability=kind.capability, rates_of=kind.key)
 
 
 def _count(flag: str, text: str | None, default: int) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field
 
 from ..config.models import Section
 from ..errors import ConfigError
@@ -57,7 +56,7 @@ class Hardware(Section):
     """What a run may use. Sizes and counts are of one node; all nodes are alike."""
 
     gpus: tuple[Gpu, ...] = ()
-    nodes: int = Field(1, ge=1)
+    nodes: int = 1
     link: Literal["nvlink", "pcie"] = "pcie"
     """What connects the GPUs of a node."""
     network_bytes_per_second: float | None = None

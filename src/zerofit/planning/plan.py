@@ -49,6 +49,8 @@ class Plan(Section):
     nvme_path: Path | None = None
     device: Literal["cuda", "cpu"]
     world_size: int
+    ranks_per_node: int | None = None
+    """Ranks that share a node's memory and buses; None: all of them."""
     micro_batch: int
     accumulation_steps: int
     precision: Precision

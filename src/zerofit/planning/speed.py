@@ -135,7 +135,10 @@ def _gpu_seconds(plan: Plan, work: Work, found: Rates) -> tuple[float, float, fl
     blocks = work.block_flops / product + attention + traffic
     forward = tokens * (blocks + work.head_flops / product + logits / 3)
     backward = tokens * (
-        2 * (work.block_flops + work.head_flops) / product + ATTENTION_BACKWARD * attention + 2 * traffic + logits * 2 / 3
+        2 * (work.block_flops + work.head_flops) / product
+        + ATTENTION_BACKWARD * attention
+        + 2 * traffic
+        + logits * 2 / 3
     )
     return forward, backward, tokens * blocks * _checkpointed_share(plan, work)
 
