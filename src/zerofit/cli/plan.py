@@ -53,7 +53,7 @@ def _plan(request: PlanRequest) -> None:
             "`zerofit plan` was given --resume, --run or --dry-run, which belong to `zerofit train`: a plan starts and "
             "continues nothing. Leave them away, or write `zerofit train … --dry-run`."
         )
-    config = _with_vocabulary(load_config(typed.source, typed.preset, typed.overrides))
+    config = with_vocabulary(load_config(typed.source, typed.preset, typed.overrides))
     hardware = probe(config.runs_dir, config.nvme_path)
     if request.described:
         hardware = described_hardware(request.described, hardware)
@@ -70,16 +70,16 @@ def _plan(request: PlanRequest) -> None:
         raise typer.Exit(3)
 
 
-def _with_vocabulary(resolved: ResolvedConfig) -> Config:
+def with_vocabulary(resolved: ResolvedConfig) -> Config:
     """The configuration with its vocabulary: its own, its data's, or its tokenizer's, for a plan needs no data.
 
     Raises:
         DataError: none of the three is known.
     """
-    from ..training.start import with_vocabulary
+    from ..training import start
 
     try:
-        return with_vocabulary(resolved).config
+        return start.with_vocabulary(resolved).config
     except DataError as error:
         config = resolved.config
         if config.data.prepare and config.data.tokenizer == "gpt2":
@@ -98,7 +98,7 @@ def _show_ledger(request: PlanRequest) -> None:
     as_json, rest = "--json" in request.rest, [part for part in request.rest if part != "--json"]
     if rest or request.described or request.switches != {"ledger"}:
         raise ConfigError(
-            f"`zerofit plan --ledger` was given {' '.join(rest) or 'other flags'}: the ledger shows runs of the past and "
+            f"`zerofit plan --ledger` was given {' '.join(rest) or 'other flags'}: the ledger shows past runs and "
             f"takes --json only. Leave the rest away."
         )
     rows = read_ledger()

@@ -126,8 +126,8 @@ class Config(Section):
     strategy: Strategy | Literal["auto"] = "auto"
     """How states are spread over ranks; ``auto``: what serves the goal best of all that fits."""
     goal: Goal = "speed"
-    """What the plan looks for among what fits: the fastest; the least GPU memory; ``balanced``: the least memory within a
-    tenth of the fastest; the largest micro-batch."""
+    """What the plan looks for among what fits: the fastest; the least GPU memory; ``balanced``: the least memory within
+    a tenth of the fastest; the largest micro-batch."""
     offload: Offload | Literal["auto"] = "auto"
     """Where the optimizer's states live; ``auto``: on the GPU, elsewhere where that does not fit or is slower."""
     offload_parameters: Offload | Literal["auto"] = "auto"
@@ -143,8 +143,8 @@ class Config(Section):
     gradient_dtype: Literal["compute", "fp32"] = "compute"
     """Type in which gradients are accumulated and reduced: that of the compute copy, or fp32."""
     activation_checkpointing: Literal["auto", "none", "full"] | Positive = "auto"
-    """Blocks whose activations are recomputed: none, all (``full``), or every n-th block (a number); ``auto``: as few as
-    fit."""
+    """Blocks whose activations are recomputed: none, all (``full``), or every n-th block (a number); ``auto``: as few
+    as fit."""
     compile: bool = False
     """``torch.compile`` each block."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"

@@ -10,7 +10,7 @@ from .batch import BatchSplit
 from .calibration import Rates
 from .hardware import Hardware
 from .memory import DeviceConstants, MemoryPrediction, predict_memory, state_bytes
-from .plan import OptimizerPlan, Plan, ZeroPlan
+from .plan import OptimizerPlan, Plan, Prediction, ZeroPlan
 from .sizes import GIB, format_bytes
 from .speed import StepPrediction, predict_step
 
@@ -124,6 +124,23 @@ class Candidate:
     def fits(self) -> bool:
         """True when every need is met."""
         return all(need.met for need in self.needs)
+
+    @property
+    def prediction(self) -> Prediction:
+        """What goes into the plan, for the scorecard."""
+        memory, step = self.memory, self.step
+        return Prediction(
+            gpu_peak_bytes=memory.allocated_bytes,
+            gpu_reserved_bytes=memory.reserved_bytes,
+            gpu_driver_bytes=memory.driver_bytes,
+            gpu_items=memory.items,
+            peak_phase=memory.peak_phase,
+            memory_basis=memory.basis,
+            host_peak_bytes=self.host_peak_bytes,
+            step_seconds=step.step_seconds if step else None,
+            step_parts=step.parts if step else None,
+            tokens_per_second=step.tokens_per_second if step else None,
+        )
 
     @property
     def split(self) -> BatchSplit:
@@ -266,4 +283,4 @@ def describe(plan: Plan) -> str:
     """The strategy and its offload in words."""
     names = {"single": "single", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
     offload = {"none": "", "cpu": " + CPU offload", "nvme": " + NVMe offload"}[plan.offload]
-    return names[plan.strategy] + offload + (" of parameters too" if plan.offload_parameters != "none" else "")
+    return names[plan.strategy] + offload + (", parameters too" if plan.offload_parameters != "none" else "")

@@ -77,8 +77,7 @@ def choose(config: Config, hardware: Hardware) -> Choice:
         f"{describe(nearest.plan)} may not fit: it {nearest.verdict} ({nearest.memory.basis}); it is tried because it "
         f"was asked for. {_first_remedy(nearest)}"
     )
-    plan = nearest.plan.model_copy(update={"reason": f"{describe(nearest.plan)} was asked for; it {nearest.verdict}."})
-    tried = replace(nearest, plan=plan)
+    tried = _explained(nearest, f"{describe(nearest.plan)} was asked for; it {nearest.verdict}.")
     candidates = tuple(tried if candidate is nearest else candidate for candidate in choice.candidates)
     return replace(choice, candidates=candidates, chosen=tried, warnings=(*choice.warnings, warning))
 
@@ -104,8 +103,7 @@ def survey(config: Config, hardware: Hardware) -> Choice:
         candidates += [_with_remedies(builder, replace(candidate, asked=wanted)) for candidate in ends]
     chosen = _best([c for c in candidates if c.asked and c.fits], config.goal)
     if chosen is not None:
-        reasoned = chosen.plan.model_copy(update={"reason": _reason(config, chosen, candidates)})
-        explained = replace(chosen, plan=reasoned)
+        explained = _explained(chosen, _reason(config, chosen, candidates))
         candidates = [explained if candidate is chosen else candidate for candidate in candidates]
         chosen = explained
         warnings += _warnings(config, hardware, chosen)
@@ -114,6 +112,12 @@ def survey(config: Config, hardware: Hardware) -> Choice:
 
 def _with_remedies(builder: Builder, candidate: Candidate) -> Candidate:
     return candidate if candidate.fits else replace(candidate, remedies=remedies(builder, candidate))
+
+
+def _explained(candidate: Candidate, reason: str) -> Candidate:
+    """The candidate whose plan says why it was chosen and what is expected of it."""
+    plan = candidate.plan.model_copy(update={"reason": reason, "prediction": candidate.prediction})
+    return replace(candidate, plan=plan)
 
 
 def _device(config: Config, hardware: Hardware) -> str:
@@ -308,8 +312,8 @@ def _warnings(config: Config, hardware: Hardware, chosen: Candidate) -> list[str
     free = hardware.disk_free_bytes
     if free is not None and not hardware.described and chosen.disk_bytes > SAFE_SHARE_DISK * free:
         found.append(
-            f"checkpoints may fill the disk: {format_bytes(chosen.checkpoint_bytes)} each, {format_bytes(chosen.disk_bytes)} "
-            f"kept at once, {format_bytes(free)} free. Lower keep_checkpoints, or set save_interval never."
+            f"checkpoints may fill the disk: {format_bytes(chosen.checkpoint_bytes)} each, "
+            f"{format_bytes(chosen.disk_bytes)} kept at once, {format_bytes(free)} free. Lower keep_checkpoints, or set save_interval never."
         )
     if chosen.plan.device == "cuda" and hardware.gpus[0].capability < (7, 5):
         found.append(f"{hardware.gpus[0].name} {hardware.gpus[0].software}.")

@@ -113,12 +113,13 @@ def _links(text: str | None, kind: GpuKind | None, nodes: int) -> tuple[Literal[
         rate = _RATE.fullmatch(part)
         if part == "nvlink" and not can_nvlink:
             raise ConfigError(
-                f"--link {text}: {kind.title if kind else 'this GPU'} has no NVLink in zerofit's table. Use --link pcie."
+                f"--link {text}: {kind.title if kind else 'this GPU'} has no NVLink in zerofit's table. Use --link "
+                f"pcie."
             )
         if rate and nodes == 1:
             raise ConfigError(
-                f"--link {text} with one node: a network connects nodes, and there is one. Add --nodes 2 (--gpus counts "
-                f"the GPUs of one node), or use --link pcie."
+                f"--link {text} with one node: a network connects nodes, and there is one. Add --nodes 2 (--gpus "
+                f"counts the GPUs of one node), or use --link pcie."
             )
         if part in ("nvlink", "pcie"):
             inside = "nvlink" if part == "nvlink" else "pcie"

@@ -16,8 +16,11 @@ from .hardware import Hardware
 from .sizes import format_bytes, format_seconds
 from .speed import FORMULAS
 
-#: Items of the memory bar, by the letter that fills it.
+#: Columns that say something on GPUs only, and those that a terminal narrower than `WIDE` has no room for.
+GPU_COLUMNS = ("host", "step", "tokens/s", "MFU")
+WIDE, WIDE_COLUMNS, WIDE_GPU_COLUMNS = 120, ("recompute",), ("recompute", "states", "activations", "host", "MFU")
 BAR_WIDTH = 40
+#: Items of the memory bar, by the letter that fills it.
 _BAR = (
     ("p", "parameters", ("parameters", "gathered")),
     ("o", "optimizer states", ("master", "moments")),
@@ -38,7 +41,7 @@ def print_choice(console: Console, config: Config, choice: Choice, *, everything
     """
     print_heading(console, choice)
     shown = choice.candidates if everything else choice.rows
-    console.print(candidate_table(choice, shown))
+    console.print(candidate_table(choice, shown, wide=console.width >= WIDE))
     if choice.candidates[0].plan.device == "cuda":
         console.print(memory_bars(choice, shown))
     for candidate in shown:
@@ -88,39 +91,57 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
     if chosen.disk_bytes:
         _say(
             console,
-            f"Checkpoints: {format_bytes(chosen.checkpoint_bytes)} each, up to {format_bytes(chosen.disk_bytes)} on disk.",
+            f"Checkpoints: {format_bytes(chosen.checkpoint_bytes)} each, up to {format_bytes(chosen.disk_bytes)} on "
+            f"disk.",
         )
 
 
-def candidate_table(choice: Choice, shown: tuple[Candidate, ...]) -> Table:
-    """One row a candidate: batch, recomputation, the peak and its largest parts, host, speed, and whether it fits."""
+def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool) -> Table:
+    """One row a candidate: batch, recomputation, the peak and its largest parts, host, speed, and whether it fits.
+
+    On a narrow terminal the columns that the memory bars show too are left out.
+    """
     on_gpu = choice.candidates[0].plan.device == "cuda"
     first = choice.candidates[0].needs[0]
     table = Table(
         caption=f"Estimated bytes of one rank at its peak; it may use {format_bytes(first.limit_bytes)} "
-        f"({first.share:.0%} of what is free).",
+        f"({first.share:.0%} of what is free). In brackets: not asked for, shown for comparison.",
         header_style="bold",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("strategy", no_wrap=True)
-    columns = ["batch", "recompute", "states", "activations", "peak"] + (
-        ["host", "step", "tokens/s", "MFU"] if on_gpu else []
-    )
-    for name in columns:
+    names = [name for name in _columns(choice.candidates[0]) if on_gpu or name not in GPU_COLUMNS]
+    names = [name for name in names if wide or name not in (WIDE_GPU_COLUMNS if on_gpu else WIDE_COLUMNS)]
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     for candidate in shown:
-        chosen = candidate is choice.chosen
+        chosen, fits = candidate is choice.chosen, "yes" if candidate.fits else "no"
+        columns = _columns(candidate)
         table.add_row(
             ("> " if chosen else "  ") + describe(candidate.plan),
-            _batch(candidate),
-            _recompute(candidate),
-            *(format_bytes(size) for size in _large_parts(candidate)),
-            *(_gpu_columns(candidate) if on_gpu else ()),
-            "yes" if candidate.fits else "no",
+            *(columns[name] for name in names),
+            fits if candidate.asked else f"({fits})",
             style="bold" if chosen else None if candidate.asked else "dim",
         )
     return table
+
+
+def _columns(candidate: Candidate) -> dict[str, str]:
+    """What the table says of a candidate, by column."""
+    states, activations, peak = (format_bytes(size) for size in _large_parts(candidate))
+    step = candidate.step
+    return {
+        "batch": _batch(candidate),
+        "recompute": _recompute(candidate),
+        "states": states,
+        "activations": activations,
+        "peak": peak,
+        "host": format_bytes(candidate.host_peak_bytes),
+        "step": format_seconds(step.step_seconds) if step else "-",
+        "tokens/s": f"{step.tokens_per_second:,.0f}" if step else "-",
+        "MFU": f"{step.mfu:.0%}" if step else "-",
+    }
 
 
 def _batch(candidate: Candidate) -> str:
@@ -138,14 +159,6 @@ def _large_parts(candidate: Candidate) -> tuple[int, int, int]:
     items = candidate.items
     states = sum(size for name, size in items.items() if name in candidate.plan.state_bytes or name == "gradients")
     return states, sum(items.get(name, 0) for name in ("activations", "logits")), candidate.peak_bytes
-
-
-def _gpu_columns(candidate: Candidate) -> tuple[str, str, str, str]:
-    host = format_bytes(candidate.host_peak_bytes)
-    if candidate.step is None:
-        return host, "-", "-", "-"
-    step = candidate.step
-    return host, format_seconds(step.step_seconds), f"{step.tokens_per_second:,.0f}", f"{step.mfu:.0%}"
 
 
 def memory_bars(choice: Choice, shown: tuple[Candidate, ...]) -> Text:
@@ -231,7 +244,9 @@ def hardware_json(choice: Choice) -> dict[str, Any]:
 
 
 def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
-    """One candidate, flat."""
+    """One candidate, flat. Of the GPU: ``peak`` is allocated by PyTorch (the items' sum), ``reserved`` is held by its
+    allocator, ``driver`` is what must stay below ``limit``.
+    """
     plan, step, memory = candidate.plan, candidate.step, candidate.memory
     return {
         "strategy": plan.strategy,
@@ -247,11 +262,11 @@ def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
         "fits": candidate.fits,
         "asked": candidate.asked,
         "variant": candidate.variant,
-        "gpu_peak_bytes": candidate.peak_bytes,
-        "gpu_allocated_bytes": memory.allocated_bytes,
+        "gpu_peak_bytes": memory.allocated_bytes,
         "gpu_reserved_bytes": memory.reserved_bytes,
+        "gpu_driver_bytes": memory.driver_bytes,
         "gpu_limit_bytes": candidate.limit_bytes,
-        "gpu_items": candidate.items,
+        "gpu_items": memory.items,
         "peak_phase": memory.peak_phase,
         "memory_basis": memory.basis,
         "host_peak_bytes": candidate.host_peak_bytes,

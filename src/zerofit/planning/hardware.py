@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-
 from ..config.models import Section
 from ..errors import ConfigError
 from .gpus import GPUS, GpuKind, match_name, software_for

@@ -46,10 +46,11 @@ def parse_bytes(text: str, flag: str) -> int:
 
 
 def format_bytes(size_bytes: float) -> str:
-    """``24.00 GiB``, ``41.6 MiB``: what people read is binary."""
-    if size_bytes >= 10 * TIB:
-        return f"{size_bytes / TIB:.1f} TiB"
-    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / MIB:.1f} MiB"
+    """``24.00 GiB``, ``41.6 MiB``, ``1.4 KiB``: what people read is binary."""
+    for unit, name, digits in ((10 * TIB, "TiB", 1), (GIB, "GiB", 2), (MIB, "MiB", 1)):
+        if size_bytes >= unit:
+            return f"{size_bytes / min(unit, TIB):.{digits}f} {name}"
+    return f"{size_bytes / KIB:.1f} KiB" if size_bytes else "0"
 
 
 def format_seconds(seconds: float) -> str:

@@ -1,8 +1,8 @@
 """How long a step takes: pure arithmetic over rates. No torch, no GPU.
 
 P parameters, N ranks, h bytes of the compute type, M tokens of a micro-batch, C width. Each part is FLOPs or bytes
-over a rate; the constants that no data sheet tells were fitted to GPT-2 XL on 1 and 4 H200s (docs/experiments.md has the
-fit and its residuals). `FORMULAS` says all of it in words, for ``zerofit plan --explain``.
+over a rate; the constants that no data sheet tells were fitted to GPT-2 XL on 1 and 4 H200s (docs/experiments.md has
+the fit and its residuals). `FORMULAS` says all of it in words, for ``zerofit plan --explain``.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ FORMULAS = (
     ("optimizer", "34 bytes a parameter (28 AdamW, 6 norm and zeroing); ZeRO 190 bytes a parameter of the rank's 1/N",
      "34 counted, 190 fitted"),
     ("offload", "gradients to the host hP/N each micro-step, AdamW there 28P/N bytes a rank at the node's rate, "
-     "parameters back hP/N; with parameters offloaded, hP/N in for each pass", "rates measured on H200: 51 and 37 GB/s, "
+     "parameters back hP/N; with parameters offloaded, hP/N in for each pass", "measured on H200: 51 and 37 GB/s, "
      "84 GB/s a node for AdamW"),
 )  # fmt: skip
 
