@@ -24,6 +24,10 @@ MEDIUM_BYTES, MEDIUM_SEGMENT_BYTES = 10 * MIB, 20 * MIB
 LARGE_ROUND_BYTES = 2 * MIB
 
 
+class OutOfMemory(Exception):
+    """The driver has not enough left, even after all free segments went back to it."""
+
+
 class _Block:
     """A part of a segment; neighbours in it are linked."""
 
@@ -104,13 +108,15 @@ class CachingAllocator:
         else:
             total = -(-size // LARGE_ROUND_BYTES) * LARGE_ROUND_BYTES
         if self.limit_bytes is not None and self.reserved_bytes + total > self.limit_bytes:
-            self._release()
+            self.empty_cache()
+            if self.reserved_bytes + total > self.limit_bytes:
+                raise OutOfMemory
         self.reserved_bytes += total
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         self._numbers += 1
         return _Block(self._numbers, total, pool)
 
-    def _release(self) -> None:
+    def empty_cache(self) -> None:
         """Whole free segments go back to the driver."""
         for pool, free in self._free.items():
             whole = [entry for entry in free if entry[2].before is None and entry[2].after is None]
@@ -142,15 +148,23 @@ class CachingAllocator:
                 block.after.before = block
 
 
-def simulate_allocator(
-    sequence: Iterable[tuple[int, int, int]], limit_bytes: int | None = None
-) -> AllocatorPeaks:
-    """Play a `timeline.Ledger` sequence: ``(key, bytes, stream)``, or ``(key, -1, 0)`` for the end."""
+def simulate_allocator(sequence: Iterable[tuple[int, int, int]], limit_bytes: int | None = None) -> AllocatorPeaks:
+    """Play the sequence of a `timeline.Ledger`.
+
+    Args:
+        sequence: ``(key, bytes, stream)`` allocates, ``(key, -1, 0)`` frees, ``(0, -2, 0)`` empties the cache.
+        limit_bytes: what the driver can give; None for as much as is asked.
+
+    Raises:
+        OutOfMemory: the limit does not suffice.
+    """
     allocator = CachingAllocator(limit_bytes)
     alloc, free = allocator.alloc, allocator.free
     for key, size_bytes, stream in sequence:
-        if size_bytes < 0:
+        if size_bytes == -1:
             free(key)
+        elif size_bytes < 0:
+            allocator.empty_cache()
         else:
             alloc(key, size_bytes, stream)
     return AllocatorPeaks(allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)

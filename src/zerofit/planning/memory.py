@@ -1,24 +1,33 @@
 """What a plan needs on the busiest rank: GPU bytes at the peak and when, host bytes, NVMe bytes.
 
-P parameters, N ranks, h bytes of the compute type (2 or 4). Model states follow the engines as implemented (the
-conformance suite compares them with the engines' own tensors).
+A traced micro-step of the model (`template`, `trace`) is played against a model of the engine (`memory_replicated`,
+`memory_zero2`, `memory_zero3`); the sequence of allocations goes through a simulation of PyTorch's allocator. The
+tests compare each engine model with the engine itself, and model states with what engines report.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from typing import Any
 
+from . import store
+from .allocator import ROUND_BYTES, simulate_allocator
 from .coarse import coarse_items
-from .plan import Plan
-from .memory_replicated import ReplicatedModel
+from .memory_replicated import ReplicatedModel, replicated_state_bytes
 from .memory_zero2 import Zero2Model
 from .memory_zero3 import Zero3Model
-from .template import ModuleEvent, StepEvent
-from .timeline import EngineModel, Ledger
-from .zero_memory import zero_state_bytes
+from .plan import Plan
+from .template import ModuleEvent, StepEvent, compose
+from .timeline import EngineModel, Ledger, simulate
+from .zero_memory import swapped_bytes, zero_state_bytes
 
 MIB = 1024**2
+#: Threads that multiply matrices, each with a cuBLAS handle and workspace of its own: forward's and backward's.
+WORKSPACES = 2
+#: One rank's process before it holds anything of ours: interpreter, PyTorch, CUDA's libraries. Not measured.
+PROCESS_BYTES = 2048 * MIB
 
 
 @dataclass(frozen=True)
@@ -81,57 +90,161 @@ class MemoryPrediction:
 
 
 def predict_memory(plan: Plan, device: DeviceConstants = H200) -> MemoryPrediction:
-    """The plan's memory. Needs no GPU, no DeepSpeed, and no torch when the model's trace is known."""
+    """The plan's memory. Needs no GPU, no DeepSpeed, and no torch when the model's trace is known.
+
+    Remembered in the user's cache folder, see `store`.
+    """
     if plan.device == "cpu":
         device = NO_GPU
+    known, key = store.predictions(), _plan_key(plan, device)
+    found = known.get(key)
+    if found is not None:
+        return MemoryPrediction(**found)
+    prediction = _predict(plan, device)
+    if prediction.basis == "traced":
+        known.put(key, asdict(prediction))
+    return prediction
+
+
+def _plan_key(plan: Plan, device: DeviceConstants) -> str:
+    """What decides about memory, hashed."""
+    decides = plan.model_dump_json(exclude={"reason", "state_bytes", "seed", "loss_scale", "nvme_path"})
+    return sha256(f"{decides}{device}".encode()).hexdigest()[:24]
+
+
+def fits_within(plan: Plan, limit_bytes: int, device: DeviceConstants = H200) -> bool:
+    """Whether the plan runs where the driver gives one process `limit_bytes`.
+
+    Closer than comparing `MemoryPrediction.driver_bytes`: a full GPU makes PyTorch give back what it holds in reserve.
+    """
+    if predict_memory(plan, device).driver_bytes <= limit_bytes:
+        return True
+    if plan.device == "cpu":
+        return False
+    outside = device.context_bytes + (device.nccl_bytes if plan.world_size > 1 else 0)
+    try:
+        ledger, _ = _play(plan, device, *_micro_step(plan))
+        simulate_allocator(ledger.sequence, limit_bytes - outside)
+    except Exception:  # out of memory, or a model that cannot be traced, whose coarse estimate has just been compared
+        return False
+    return True
+
+
+def _predict(plan: Plan, device: DeviceConstants) -> MemoryPrediction:
+    try:
+        micro_step = _micro_step(plan)
+    except Exception as reason:  # a model that cannot be traced, or no torch to trace it with
+        return _coarse(plan, device, f"{type(reason).__name__}: {reason}")
+    ledger, host = _play(plan, device, *micro_step)
+    phases = {phase: {k: v for k, v in items.items() if v} for phase, (_, items) in ledger.peaks.items()}
+    phase = max(ledger.peaks, key=lambda name: ledger.peaks[name][0])
+    allocated = reserved = ledger.peaks[phase][0]
+    if plan.device == "cuda":
+        peaks = simulate_allocator(ledger.sequence)
+        allocated, reserved = max(allocated, peaks.allocated_bytes), peaks.reserved_bytes
+        phases[phase]["rounding"] = allocated - ledger.peaks[phase][0]
+    return _answer(plan, device, phases, phase, allocated, reserved, _host_items(plan, host), "traced")
+
+
+def _micro_step(plan: Plan) -> tuple[list[StepEvent], list[int]]:
+    """The events of one micro-step, and the bytes of each input."""
+    every = plan.activation_checkpointing_every
+    plain = store.template(plan, recompute=False)
+    recomputed = store.template(plan, recompute=True) if every else None
+    depth = getattr(plan.model, "n_layer", plain.depth)
+    events = list(compose(plain, recomputed, depth, every, plan.micro_batch))
+    return events, [slope * plan.micro_batch + offset for slope, offset in plain.inputs]
+
+
+def _play(
+    plan: Plan, device: DeviceConstants, events: Sequence[StepEvent], inputs: Sequence[int]
+) -> tuple[Ledger, Ledger]:
+    """The run on the GPU and in host memory (the same without a GPU)."""
+    on_gpu = plan.device == "cuda"
+    ledger = Ledger(ROUND_BYTES if on_gpu else 1)
+    host = Ledger() if on_gpu else ledger
+    workspaces = [device.workspace_bytes] * WORKSPACES if on_gpu else []
+    simulate(plan, ledger, engine_model(plan, ledger, host, events), events, inputs, workspaces)
+    return ledger, host
+
+
+def _coarse(plan: Plan, device: DeviceConstants, reason: str) -> MemoryPrediction:
     items = coarse_items(plan)
     allocated = sum(items.values())
-    host = {} if plan.device == "cpu" else {k: v for k, v in plan.state_bytes.items() if k.startswith("host_")}
+    host = Ledger()
+    for name, size_bytes in state_bytes(plan).items():
+        if name.startswith("host_"):
+            host.alloc(name, size_bytes, name)
+    host.begin("init")
+    answer = _answer(plan, device, {"backward": items}, "backward", allocated, allocated, _host_items(plan, host), "")
+    return replace(answer, basis=f"coarse: {reason}")
+
+
+def _answer(
+    plan: Plan,
+    device: DeviceConstants,
+    phases: dict[str, dict[str, int]],
+    phase: str,
+    allocated: int,
+    reserved: int,
+    host_items: dict[str, int],
+    basis: str,
+) -> MemoryPrediction:
     outside = device.context_bytes + (device.nccl_bytes if plan.world_size > 1 else 0)
     return MemoryPrediction(
-        items=items,
-        peak_phase="backward",
-        phases={"backward": items},
+        items=phases[phase],
+        peak_phase=phase,
+        phases=phases,
         allocated_bytes=allocated,
-        reserved_bytes=allocated,
-        driver_bytes=allocated + outside,
-        host_items=host,
-        host_peak_bytes=sum(host.values()),
-        nvme_bytes=0,
-        basis="coarse: the model was not traced",
+        reserved_bytes=reserved,
+        driver_bytes=reserved + outside,
+        host_items=host_items,
+        host_peak_bytes=sum(host_items.values()),
+        nvme_bytes=swapped_bytes(plan),
+        basis=basis,
     )
 
 
-def peak_items(plan: Plan) -> dict[str, int]:
-    """Bytes that the driver will show at the peak, by item."""
-    found = predict_memory(plan)
-    return {**found.items, "context": found.driver_bytes - found.allocated_bytes}
+def _host_items(plan: Plan, host: Ledger) -> dict[str, int]:
+    """Beside a GPU: the process itself, what is offloaded, and reading the largest parameter (fp32, twice)."""
+    if plan.device == "cpu":
+        return {}
+    largest = max((items for _, items in host.peaks.values()), key=lambda items: sum(items.values()), default={})
+    loading = 2 * 4 * max(_parameter_elements(plan))
+    return {"process": PROCESS_BYTES, "loading": loading, **{name: size for name, size in largest.items() if size}}
 
 
-def state_bytes(plan: Plan) -> dict[str, int]:
-    """Model states between two steps, by item; what `Engine.memory` reports. ``host_*`` items lie in host memory."""
-    if plan.strategy.startswith("zero"):
-        return zero_state_bytes(plan)
-    return _replicated_state_bytes(plan)
+def _parameter_elements(plan: Plan) -> list[int]:
+    from math import prod
 
-
-def _replicated_state_bytes(plan: Plan) -> dict[str, int]:
-    """single, DDP. Parameters hP; moments 8P; half precision adds masters 4P; DDP's gradient buckets stay: hP."""
-    p, h = plan.parameters, 2 if plan.mixed else 4
-    items = {"parameters": h * p, "moments": 8 * p}
-    if plan.mixed:
-        items["master"] = 4 * p
-    if plan.mixed and plan.gradient_dtype == "fp32":
-        items["gradients"] = 4 * p
-    elif plan.world_size > 1:
-        items["gradients"] = h * p
-    return items
+    return [prod(shape) for shape in plan.model.parameter_shapes().values()]
 
 
 def engine_model(plan: Plan, ledger: Ledger, host: Ledger, events: Sequence[StepEvent]) -> EngineModel:
-    """The plan's engine, as far as it allocates."""
+    """The plan's engine, as far as it allocates.
+
+    Args:
+        ledger: of the GPU.
+        host: of host memory; the same ledger when there is no GPU.
+        events: one micro-step, whose module events ZeRO-3 follows.
+    """
     if plan.strategy == "zero3":
         return Zero3Model(plan, ledger, host, [event for event in events if isinstance(event, ModuleEvent)])
     if plan.strategy in ("zero1", "zero2"):
         return Zero2Model(plan, ledger, host)
     return ReplicatedModel(plan, ledger)
+
+
+def state_bytes(plan: Plan) -> dict[str, int]:
+    """Model states between two steps, by item; what `Engine.memory` reports. ``host_*`` items lie in host memory."""
+    return zero_state_bytes(plan) if plan.strategy.startswith("zero") else replicated_state_bytes(plan)
+
+
+def peak_items(plan: Plan) -> dict[str, int]:
+    """Bytes that the driver will show at the peak, by item."""
+    found = predict_memory(plan)
+    items: dict[str, Any] = {"activations": 0, "logits": 0, **found.items}
+    if plan.device == "cpu":
+        return items
+    outside = found.driver_bytes - found.reserved_bytes
+    return {**items, "fragmentation": found.reserved_bytes - found.allocated_bytes, "context": outside}

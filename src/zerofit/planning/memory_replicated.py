@@ -5,7 +5,6 @@ P parameters, h bytes of the compute type. Masters and moments are flat, one of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from .plan import Plan
@@ -30,6 +29,9 @@ class ReplicatedModel:
         self.buckets = plan.world_size > 1 and not self.fp32_gradients
         self.kept: set[str] = set()
         self.last = True
+        self.rebuilt = False
+        #: In which gradients were finished, of all parameters, in the first reduced backward pass.
+        self.order: list[str] = []
 
     def init(self) -> None:
         """Parameters, then per group three flat fp32 tensors; in fp32 the parameters then become views of one."""
@@ -47,22 +49,25 @@ class ReplicatedModel:
                 for name in members:
                     ledger.free(("parameter", name))
         if self.buckets:
-            for index, size_bytes in enumerate(self._bucket_bytes()):
-                ledger.alloc(("bucket", index), size_bytes, "gradients")
+            ledger.alloc(("bucket", 0), self.compute_bytes * self.plan.parameters, "gradients")
 
-    def _bucket_bytes(self) -> Iterator[int]:
-        """Filled in the order of gradients, which is about the reverse of construction."""
-        filled, limit = 0, FIRST_BUCKET_BYTES
-        for elements in reversed(self.elements.values()):
-            filled += self.compute_bytes * elements
+    def _rebuild_buckets(self) -> None:
+        """After its first backward pass DDP replaces its one bucket by many, filled in the order of gradients."""
+        self.ledger.free(("bucket", 0))
+        filled, count, limit = 0, 0, FIRST_BUCKET_BYTES
+        for parameter in self.order:
+            filled += self.compute_bytes * self.elements[parameter]
             if filled >= limit:
-                yield filled
-                filled, limit = 0, BUCKET_BYTES
+                self.ledger.alloc(("bucket", count), filled, "gradients")
+                filled, count, limit = 0, count + 1, BUCKET_BYTES
         if filled:
-            yield filled
+            self.ledger.alloc(("bucket", count), filled, "gradients")
+        self.rebuilt = True
 
     def micro_begin(self, index: int, last: bool) -> None:
         self.last = last
+        if self.order and not self.rebuilt:
+            self._rebuild_buckets()
 
     def gradient(self, key: Any, parameter: str) -> bool:
         """The first gradient of a window stays, and later ones are added to it.
@@ -72,6 +77,8 @@ class ReplicatedModel:
         if self.fp32_gradients:
             return False
         if self.buckets and self.last:
+            if not self.rebuilt:
+                self.order.append(parameter)
             if parameter in self.kept:
                 self.kept.remove(parameter)
                 self.ledger.free(("gradient", parameter))
@@ -95,3 +102,16 @@ class ReplicatedModel:
         for parameter in self.kept:
             self.ledger.free(("gradient", parameter))
         self.kept.clear()
+
+
+def replicated_state_bytes(plan: Plan) -> dict[str, int]:
+    """single, DDP. Parameters hP; moments 8P; half precision adds masters 4P; DDP's gradient buckets stay: hP."""
+    p, h = plan.parameters, 2 if plan.mixed else 4
+    items = {"parameters": h * p, "moments": 8 * p}
+    if plan.mixed:
+        items["master"] = 4 * p
+    if plan.mixed and plan.gradient_dtype == "fp32":
+        items["gradients"] = 4 * p
+    elif plan.world_size > 1:
+        items["gradients"] = h * p
+    return items

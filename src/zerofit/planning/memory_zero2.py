@@ -79,6 +79,7 @@ class Zero2Model:
             for name, elements in group.members.items():
                 ledger.alloc(("parameter", name), h * elements, "parameters")
         for index, group in enumerate(self.groups):
+            ledger.empty_cache()
             ledger.alloc(("flat", index), h * group.part * self.plan.world_size, "parameters")
             for name in group.members:
                 ledger.free(("parameter", name))

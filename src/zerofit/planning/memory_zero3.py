@@ -8,6 +8,7 @@ of ceil(n / N). The tests compare it with the real optimizer, allocation by allo
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -50,9 +51,7 @@ class Zero3Model:
             ledger.free(("whole", name))
         total = sum(self._part(name) for name in self.elements)
         if not self.offload_parameters:
-            ledger.alloc("parts", h * total, "parameters")
-            for name in self.elements:
-                ledger.free(("part", name))
+            self._defragment(h * total)
         self._masters()
         ledger.alloc("bucket", self.g * self.plan.zero.reduce_bucket_elements, "buckets")
         if not self.offload:
@@ -60,6 +59,16 @@ class Zero3Model:
         self._moments()
         self._on_host()
         self.gather.gather_persistent()
+
+    def _defragment(self, size_bytes: int) -> None:
+        """The parts move into one buffer, on a GPU by way of the host."""
+        if self.plan.device == "cpu":
+            self.ledger.alloc("parts", size_bytes, "parameters")
+        for name in self.elements:
+            self.ledger.free(("part", name))
+        if self.plan.device == "cuda":
+            self.ledger.empty_cache()
+            self.ledger.alloc("parts", size_bytes, "parameters")
 
     def _masters(self) -> None:
         """Per sub-group an fp32 copy, cloned; the copy lives until the next one replaces it."""
@@ -200,12 +209,20 @@ class _Coordinator:
         self.active: dict[str, int] = {}
         self.gathers = 0
         self.queue: deque[tuple[str, int]] = deque()
-        self.uses = [(name, step) for step, names in enumerate(self.order) for name in sorted(names, key=self.index.get)]  # type: ignore[arg-type]
+        self.uses = [
+            (name, step) for step, names in enumerate(self.order) for name in sorted(names, key=self.index.__getitem__)
+        ]
         self.fetched_for: dict[str, int] = {}
         self.step_id = self.available_elements = 0
         self.prefetch = 0 if plan.offload_parameters == "nvme" else plan.zero.prefetch_bucket_elements
         self.reuse = 0 if plan.offload_parameters == "nvme" else plan.zero.max_reuse_distance_elements
-        self.reused = self._reused_soon()
+        #: Elements of the modules before each step, and the steps of each parameter.
+        self.passed = [0]
+        self.steps_of: dict[str, list[int]] = {name: [] for name in elements}
+        for step, names in enumerate(self.order):
+            self.passed.append(self.passed[-1] + sum(elements[name] for name in names))
+            for name in names:
+                self.steps_of[name].append(step)
 
     @property
     def whole_already(self) -> bool:
@@ -305,23 +322,14 @@ class _Coordinator:
             self.active[name] -= 1
             if self.active[name] or name not in self.available or name in self.persistent:
                 continue
-            if self.fetched_for.get(name, NEVER) > self.step_id or name in self.reused[self.step_id]:
+            if self.fetched_for.get(name, NEVER) > self.step_id or self._reused_soon(name):
                 continue
             self.available.discard(name)
             self.available_elements -= self.elements[name]
             self.ledger.free_if_live(("gathered", name))
 
-    def _reused_soon(self) -> list[set[str]]:
-        """At each step the parameters of the modules that follow, up to the reuse distance in elements."""
-        found = []
-        for step in range(len(self.order) + 1):
-            soon: set[str] = set()
-            traversed = 0
-            for names in self.order[step:]:
-                if traversed >= self.reuse:
-                    break
-                soon.update(names)
-                traversed += sum(self.elements[name] for name in names)
-            found.append(soon)
-        return found
-
+    def _reused_soon(self, name: str) -> bool:
+        """True when a following module uses the parameter before `reuse` elements of others have passed."""
+        steps = self.steps_of[name]
+        index = bisect_left(steps, self.step_id)
+        return index < len(steps) and self.passed[steps[index]] - self.passed[self.step_id] < self.reuse

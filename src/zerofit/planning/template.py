@@ -99,9 +99,7 @@ class Template:
         return segments[min(position, 2)]
 
 
-def compose(
-    plain: Template, recomputed: Template | None, depth: int, every: int, samples: int
-) -> Iterator[StepEvent]:
+def compose(plain: Template, recomputed: Template | None, depth: int, every: int, samples: int) -> Iterator[StepEvent]:
     """One micro-step of `depth` blocks at `samples` samples, every `every`-th block recomputed (0: none).
 
     Keys of allocations are ``(pass, position, id)``.

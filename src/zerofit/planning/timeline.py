@@ -21,11 +21,16 @@ PLAYED_MICRO_STEPS = 3
 PLAYED_STEPS = 2
 
 
+#: In a sequence: `Ledger.empty_cache`.
+EMPTY_CACHE = (0, -2, 0)
+
+
 class Ledger:
     """What is live. Sizes are rounded up to `granularity` bytes (512 in PyTorch's CUDA allocator).
 
     Attributes:
-        sequence: ``(number, bytes, stream)`` for an allocation, ``(number, -1, 0)`` for its end, in order.
+        sequence: ``(number, bytes, stream)`` for an allocation, ``(number, -1, 0)`` for its end, in order; and
+            `EMPTY_CACHE`.
         peaks: phase -> (bytes, items) at the phase's peak.
     """
 
@@ -79,6 +84,10 @@ class Ledger:
         self.items[item] = self.items.get(item, 0) + size_bytes
         self._live[as_key] = (number, size_bytes, item)
 
+    def empty_cache(self) -> None:
+        """The allocator gives whole free segments back to the driver."""
+        self.sequence.append(EMPTY_CACHE)
+
     def temporary(self, size_bytes: int, item: str = "temporaries", stream: int = MAIN) -> None:
         """Allocated and freed at once."""
         self.alloc("temporary", size_bytes, item, stream)
@@ -112,7 +121,14 @@ class EngineModel(Protocol):
         """Clipping and the optimizer's step."""
 
 
-def simulate(plan: Plan, ledger: Ledger, engine: EngineModel, events: Sequence[StepEvent], inputs: Sequence[int]) -> None:
+def simulate(
+    plan: Plan,
+    ledger: Ledger,
+    engine: EngineModel,
+    events: Sequence[StepEvent],
+    inputs: Sequence[int],
+    workspaces: Sequence[int] = (),
+) -> None:
     """Play initialisation and `PLAYED_STEPS` steps.
 
     Args:
@@ -121,9 +137,13 @@ def simulate(plan: Plan, ledger: Ledger, engine: EngineModel, events: Sequence[S
         engine: of the plan's strategy.
         events: one micro-step.
         inputs: bytes of each input tensor.
+        workspaces: of matrix libraries, there from the first pass on.
     """
     ledger.begin("init")
     engine.init()
+    ledger.begin("forward")
+    for number, size_bytes in enumerate(workspaces):
+        ledger.alloc(("workspace", number), size_bytes, "workspaces")
     micro_steps = min(plan.accumulation_steps, PLAYED_MICRO_STEPS)
     for _ in range(PLAYED_STEPS):
         for index in range(micro_steps):

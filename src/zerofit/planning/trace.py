@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from ..config.schema import Precision
 from ..models.base import ModelSpec
 from .template import BACKWARD, FORWARD, Event, Template
+from .trace_compiled import stand_in
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Blocks of a traced model: first, two middle ones (which must be alike) and last.
@@ -40,7 +41,7 @@ class TraceError(Exception):
 
 
 def trace_template(
-    spec: ModelSpec[Any], config: Any, *, precision: Precision, recompute: bool, device: str
+    spec: ModelSpec[Any], config: Any, *, precision: Precision, recompute: bool, compiled: bool, device: str
 ) -> Template:
     """Trace one kind of blocks.
 
@@ -48,6 +49,7 @@ def trace_template(
         spec, config: the model.
         precision: of the compute copy.
         recompute: with every block's activations recomputed.
+        compiled: with `ModelSpec.compiled_units` compiled; no module events then.
         device: ``cuda`` or ``cpu``, whose kernels the trace follows.
 
     Raises:
@@ -57,7 +59,7 @@ def trace_template(
     points = []
     for samples in SAMPLES:
         try:
-            points.append(_Recording(spec, small, DTYPES[precision], recompute, samples, device).segments())
+            points.append(_Recording(spec, small, DTYPES[precision], recompute, samples, device, compiled).segments())
         except TraceError:
             raise
         except Exception as reason:  # whatever a model does that fake tensors cannot
@@ -100,12 +102,13 @@ class _Storages(TorchDispatchMode):
     """Notes storages as they come and go, in `events`: ``("+", id, bytes, item, op)`` and ``("-", id)``."""
 
     def __init__(self, gpu: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.gpu = gpu
         self.events: list[tuple[Any, ...]] = []
         self.item = "activations"
         self._ids: dict[int, int] = {}
         self._count = 0
+        self._recording = True
 
     def ignore(self, tensor: Tensor) -> None:
         self._ids[tensor.untyped_storage()._cdata] = 0
@@ -114,8 +117,19 @@ class _Storages(TorchDispatchMode):
         """The allocation that holds `tensor`; 0 for what was ignored."""
         return self._ids[tensor.untyped_storage()._cdata]
 
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Inside, nothing is noted."""
+        before, self._recording = self._recording, False
+        try:
+            yield
+        finally:
+            self._recording = before
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if not self._recording:
+            return out
         fresh = [self._note(tensor, func) for tensor in tree_leaves(out) if isinstance(tensor, Tensor)]
         if self.gpu and any(fresh):
             extra = _kernel_bytes(func, args)
@@ -206,6 +220,12 @@ class _ModuleOutput(torch.autograd.Function):
         return gradients[0], None
 
 
+def _wrapped(argument: Any, tell: Any) -> Any:
+    if not isinstance(argument, Tensor) or not argument.requires_grad:
+        return argument
+    return _ModuleInput.apply(argument, tell)  # type: ignore[no-untyped-call]
+
+
 class _Recording:
     """One micro-step of one model at one size.
 
@@ -214,7 +234,14 @@ class _Recording:
     """
 
     def __init__(
-        self, spec: ModelSpec[Any], config: Any, dtype: torch.dtype, every: int, samples: int, device: str
+        self,
+        spec: ModelSpec[Any],
+        config: Any,
+        dtype: torch.dtype,
+        every: int,
+        samples: int,
+        device: str,
+        compiled: bool = False,
     ) -> None:
         self.mode = _Storages(device == "cuda")
         self.events = self.mode.events
@@ -228,6 +255,10 @@ class _Recording:
             for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
                 self.mode.ignore(tensor)
             self._hook(model)
+            if compiled:
+                stand_in(spec.compiled_units(model), self._kernel_bytes, self.mode.unrecorded)
+            else:
+                self._hook_modules(model)
             with self.mode, _as_on_gpu() if device == "cuda" else nullcontext():
                 self._run(model, inputs)
 
@@ -251,6 +282,11 @@ class _Recording:
         self._in_backward = False
         for index, block in enumerate(self.blocks):
             self._hook_block(block, index + 1)
+
+    def _kernel_bytes(self, func: Any, args: Any) -> int:
+        return _kernel_bytes(func, args) if self.mode.gpu else 0
+
+    def _hook_modules(self, model: nn.Module) -> None:
         for module in model.modules():
             names = [self._names[p] for p in module.parameters(recurse=False)]
             if names:
@@ -295,15 +331,12 @@ class _Recording:
             tell("f+")()
             if not any(isinstance(a, Tensor) and a.requires_grad for a in args):
                 return None
-            wrap = tell("b-")
-            return tuple(
-                _ModuleInput.apply(a, wrap) if isinstance(a, Tensor) and a.requires_grad else a for a in args
-            )
+            return tuple(_wrapped(a, tell("b-")) for a in args)
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             tell("f-")()
             if isinstance(output, Tensor) and output.requires_grad:
-                return _ModuleOutput.apply(output, tell("b+"))
+                return _ModuleOutput.apply(output, tell("b+"))  # type: ignore[no-untyped-call]
             return None
 
         module.register_forward_pre_hook(before)

@@ -127,8 +127,8 @@ def _sharded_states(plan: Plan, part: int) -> dict[str, int]:
     if plan.offload == "none":
         return {"gradients": gradients, "master": 4 * part, "moments": 8 * part}
     if plan.offload == "nvme":
-        sub_groups = (sum(_part(size, plan) for size in members) for members in sub_groups(plan))
-        part = sum(size for size in sub_groups if 4 * size < MIN_SWAP_BYTES)
+        sizes = (sum(_part(size, plan) for size in members) for members in sub_groups(plan))
+        part = sum(size for size in sizes if 4 * size < MIN_SWAP_BYTES)
     return {"host_gradients": gradients + 4 * part, "host_master": 4 * part, "host_moments": 8 * part}
 
 
@@ -140,11 +140,13 @@ def sub_groups(plan: Plan) -> Iterator[list[int]]:
     """Elements of the parameters that the optimizer steps together (``_create_fp16_sub_groups``)."""
     for group in _groups(plan):
         members: list[int] = []
+        parts = 0
         for size in group:
             members.append(size)
-            if sum(_part(member, plan) for member in members) >= plan.zero.sub_group_elements:
+            parts += _part(size, plan)
+            if parts >= plan.zero.sub_group_elements:
                 yield members
-                members = []
+                members, parts = [], 0
         if members:
             yield members
 
@@ -163,3 +165,16 @@ def _swap_pools(plan: Plan) -> dict[str, int]:
 
 def _aligned(sizes_bytes: Iterable[int]) -> int:
     return sum(SWAP_ALIGNMENT_BYTES * math.ceil(size / SWAP_ALIGNMENT_BYTES) for size in sizes_bytes)
+
+
+def swapped_bytes(plan: Plan) -> int:
+    """Files of one rank on NVMe: per swapped sub-group the master, two moments and the gradient in fp32 (16 an
+    element); h an element of each swapped parameter."""
+    total = 0
+    if plan.offload == "nvme":
+        parts = [sum(_part(size, plan) for size in members) for members in sub_groups(plan)]
+        total += 16 * sum(part for part in parts if 4 * part >= MIN_SWAP_BYTES)
+    if plan.offload_parameters == "nvme":
+        sizes = [_compute_bytes(plan) * _part(size, plan) for group in _groups(plan) for size in group]
+        total += sum(size for size in sizes if size >= MIN_SWAP_BYTES)
+    return total

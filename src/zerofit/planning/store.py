@@ -1,0 +1,211 @@
+"""What planning remembers: traces of models and finished predictions. Imports torch only to trace.
+
+Traces of the presets are shipped in ``traces/``; others are made once and kept in the user's cache folder
+(``XDG_CACHE_HOME/zerofit``), as are predictions, so that a search repeated needs neither torch nor time. Both are
+keyed by the source files that they follow from: a changed model or engine model makes its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..config.schema import Precision
+from .plan import Plan
+from .template import FORMAT, Template, from_json
+
+SHIPPED = Path(__file__).with_name("traces")
+#: A traced model has at most so many blocks; see `trace.DEPTH`.
+TRACED_DEPTH = 4
+#: Templates of this process, by key.
+_LOADED: dict[str, Template] = {}
+_TRACERS = ("template.py", "trace.py", "trace_compiled.py")
+
+
+@dataclass(frozen=True)
+class TraceKey:
+    """What a trace depends on, torch aside.
+
+    Attributes:
+        model: the config, with no more blocks than are traced.
+        element_bytes: of the compute type; bf16 and fp16 allocate the same.
+        recompute: the kind of blocks: with activations recomputed in the backward pass, or kept.
+        compiled: with `ModelSpec.compiled_units` compiled.
+        device: ``cuda`` or ``cpu``.
+    """
+
+    model: Mapping[str, Any]
+    element_bytes: int
+    recompute: bool
+    compiled: bool
+    device: str
+
+    @property
+    def text(self) -> str:
+        """Hexadecimal; the same for the same model source."""
+        data = {**asdict(self), "format": FORMAT, "source": _sources(self.model["kind"])}
+        return _hash(json.dumps(data, sort_keys=True))
+
+
+def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
+    """The trace that a plan needs for one kind of its blocks."""
+    model = plan.model.model_dump(mode="json")
+    if model.get("n_layer", 0) > TRACED_DEPTH:
+        model["n_layer"] = TRACED_DEPTH
+    return TraceKey(model, 2 if plan.mixed else 4, recompute, plan.compile, plan.device)
+
+
+def template(plan: Plan, *, recompute: bool) -> Template:
+    """Shipped, cached, or traced now.
+
+    Raises:
+        TraceError: the model cannot be traced (and torch is imported by then).
+    """
+    key = trace_key(plan, recompute=recompute)
+    text = key.text
+    if text not in _LOADED:
+        found = _shipped(text) or _cached(text)
+        _LOADED[text] = from_json(found) if found is not None else _traced(plan, key)
+    return _LOADED[text]
+
+
+def trace_now(plan: Plan, key: TraceKey) -> Template:
+    """Trace, whatever is stored. Imports torch.
+
+    Raises:
+        TraceError: see `trace.trace_template`.
+    """
+    from ..models import model_spec
+    from .trace import trace_template
+
+    precision: Precision = "bf16" if key.element_bytes == 2 else "fp32"
+    return trace_template(
+        model_spec(plan.model.kind),
+        plan.model,
+        precision=precision,
+        recompute=key.recompute,
+        compiled=key.compiled,
+        device=key.device,
+    )
+
+
+def _traced(plan: Plan, key: TraceKey) -> Template:
+    made = trace_now(plan, key)
+    _write(_cache_path(key.text), made.json())
+    return made
+
+
+@functools.cache
+def _shipped_files() -> dict[str, Path]:
+    """Key -> file. A file is named after its key."""
+    return {path.stem.rpartition("-")[2]: path for path in SHIPPED.glob("*.json")}
+
+
+def _shipped(text: str) -> Any:
+    path = _shipped_files().get(text)
+    return None if path is None else json.loads(path.read_text(encoding="utf-8"))
+
+
+def _cached(text: str) -> Any:
+    try:
+        return json.loads(_cache_path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, not readable, or torn: it is made again
+        return None
+
+
+def cache_folder() -> Path:
+    """The user's; nothing in it is needed."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zerofit"
+
+
+def _cache_path(text: str) -> Path:
+    try:
+        torch_version = version("torch")
+    except PackageNotFoundError:
+        torch_version = "none"
+    return cache_folder() / f"trace-{text}-{torch_version}.json"
+
+
+def _write(path: Path, data: Any) -> None:
+    """Whole or not at all; a folder that cannot be written is no error."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
+        unfinished.replace(path)
+
+
+def _sources(kind: str) -> str:
+    """Hash of the files that decide what a trace says: the model's own, its base, and the tracer."""
+    from ..models import MODELS
+
+    model = importlib.util.find_spec(MODELS[kind].partition(":")[0])
+    assert model is not None
+    assert model.origin is not None
+    files = [Path(model.origin), Path(model.origin).with_name("base.py")]
+    return _hash_files(*files, *(Path(__file__).with_name(name) for name in _TRACERS))
+
+
+@functools.cache
+def _hash_files(*paths: Path) -> str:
+    return _hash("".join(_hash(path.read_text(encoding="utf-8")) for path in paths))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class PredictionStore:
+    """Finished predictions by plan, in one file of JSON lines in the user's cache folder.
+
+    The file's name holds a hash of `planning`'s sources and of the torch version.
+    """
+
+    #: A larger file is started over.
+    LIMIT_BYTES = 16 * 1024**2
+
+    def __init__(self) -> None:
+        sources = sorted(Path(__file__).parent.glob("*.py"))
+        name = _hash(_hash_files(*sources) + _cache_path("").name)
+        self.path = cache_folder() / f"predictions-{name}.jsonl"
+        self._known: dict[str, Any] | None = None
+
+    def get(self, key: str) -> Any:
+        """The stored prediction as JSON data, or None."""
+        if self._known is None:
+            self._known = self._read()
+        return self._known.get(key)
+
+    def put(self, key: str, data: Any) -> None:
+        """Remember, here and for later processes. A folder that cannot be written is no error."""
+        assert self._known is not None
+        self._known[key] = data
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            mode = "w" if self.path.exists() and self.path.stat().st_size > self.LIMIT_BYTES else "a"
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write(json.dumps([key, data], separators=(",", ":")) + "\n")
+
+    def _read(self) -> dict[str, Any]:
+        known = {}
+        with suppress(OSError):
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a line torn by a crash
+                    key, data = json.loads(line)
+                    known[key] = data
+        return known
+
+
+@functools.cache
+def predictions() -> PredictionStore:
+    """This process's store."""
+    return PredictionStore()

@@ -1,0 +1,225 @@
+"""Stand-ins for units that ``torch.compile`` compiles: they allocate what inductor's code would, on fake tensors.
+
+A unit's forward and backward graphs are traced by AOTAutograd with inductor's decompositions, and split by the same
+min-cut partitioner, so that what is saved between them is exact. Inside a graph a fusion model says which values exist
+in memory: results of matrix multiplications, attention and reductions, what those read, and the graph's outputs;
+everything else is fused into its readers. A fused result takes the place of an operand of its size that it is the last
+to read, as inductor's in-place reuse does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_function
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch.nn.utils.stateless import _reparametrize_module
+
+#: Operators that stay calls into libraries: their operands and results exist in memory. Not scatter: into a constant
+#: (the loss's gradient) it is fused.
+_CALLS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product", "index_put", "sort", "topk")
+#: Operators that hand on an operand's memory.
+_VIEWS = frozenset(
+    """alias as_strided detach expand getitem permute reshape select slice split split_with_sizes squeeze t transpose
+    unbind unsqueeze view _unsafe_view""".split()  # noqa: SIM905
+)
+_REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "var_mean", "logsumexp", "prod", "any", "all")
+#: A value with several readers that reads more operands than this is computed once (``realize_reads_threshold``).
+READS_THRESHOLD = 4
+
+
+def stand_in(
+    units: Sequence[nn.Module],
+    gpu_extra: Callable[[Any, Any], int],
+    unrecorded: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """Replace the units' forward functions. Units with the same parameters' shapes share one pair of graphs.
+
+    Args:
+        units: modules on fake tensors, inside their FakeTensorMode.
+        gpu_extra: (operator, arguments) -> bytes that its kernel takes for itself while it runs.
+        unrecorded: a context in which the recording stands still: graphs are traced in it, at a unit's first call.
+    """
+    compiled: dict[Any, Any] = {}
+    for unit in units:
+        key = (type(unit), tuple((name, tuple(p.shape)) for name, p in unit.named_parameters()))
+        if key not in compiled:
+            compiled[key] = _compile(unit, gpu_extra)
+        unit.forward = _caller(unit, compiled[key], unrecorded)
+
+
+def _caller(unit: nn.Module, function: Any, unrecorded: Any) -> Any:
+    def forward(*args: Any) -> Any:
+        parameters = dict(unit.named_parameters())
+        with unrecorded():  # the graphs keep what they were traced with
+            function(parameters, *(_like(argument) for argument in args))
+        return function(parameters, *args)
+
+    return forward
+
+
+def _like(argument: Any) -> Any:
+    if not isinstance(argument, Tensor):
+        return argument
+    return torch.empty_like(argument).requires_grad_(argument.requires_grad)
+
+
+def _compile(unit: nn.Module, gpu_extra: Callable[[Any, Any], int]) -> Any:
+    original = unit.forward
+
+    def functional(parameters: dict[str, Tensor], *args: Any) -> Any:
+        with _reparametrize_module(unit, parameters):
+            return original(*args)
+
+    return aot_function(
+        functional,
+        fw_compiler=lambda graph, inputs: _Player(graph, gpu_extra, backward=False).boxed(),
+        bw_compiler=lambda graph, inputs: _Player(graph, gpu_extra, backward=True).boxed(),
+        partition_fn=lambda *args, **kwargs: min_cut_rematerialization_partition(
+            *args, **{**kwargs, "compiler": "inductor"}
+        ),
+        decompositions=select_decomp_table(),
+    )
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return getattr(target, "__name__", str(target)).split(".")[0]
+
+
+class _Player:
+    """Plays one graph: allocates and frees what the fusion model says, and returns outputs of the right shapes."""
+
+    def __init__(self, graph: fx.GraphModule, gpu_extra: Callable[[Any, Any], int], backward: bool) -> None:
+        self.nodes = list(graph.graph.nodes)
+        self.gpu_extra, self.backward = gpu_extra, backward
+        self.inputs = [node for node in self.nodes if node.op == "placeholder"]
+        self.result = self.nodes[-1].args[0]
+        self.outputs = {node for node in fx.node.map_aggregate(self.result, lambda n: n) or () if node is not None}
+        self.real = self._realized()
+        self.reads = {node: self._operands(node, self.real) for node in self.nodes if node in self.real}
+        self.last_use = self._last_uses()
+
+    def boxed(self) -> Any:
+        """The function that AOTAutograd calls; it empties its list of arguments, so that they can be freed early."""
+
+        def run(args: list[Any]) -> Any:
+            return self.play(args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def _is_view(self, node: fx.Node) -> bool:
+        return node.op == "call_function" and _name(node) in _VIEWS
+
+    def _is_call(self, node: fx.Node) -> bool:
+        name = _name(node)
+        return node.op == "call_function" and any(name == call or name.startswith(f"_{call}") for call in _CALLS)
+
+    def _base(self, node: fx.Node) -> fx.Node:
+        """Behind views, the value whose memory a node is."""
+        while self._is_view(node):
+            behind: Any = node.args[0]
+            if _name(node) == "getitem" and not self._is_view(behind):  # one of several results
+                return node
+            node = behind
+        return node
+
+    def _realized(self) -> set[fx.Node]:
+        real: set[fx.Node] = set()
+        for node in self.nodes:
+            if node.op != "call_function" or self._is_view(node):
+                continue
+            if self._is_call(node) or _name(node) in _REDUCTIONS:
+                real.add(node)
+            if self._is_call(node):
+                real.update(self._base(n) for n in node.all_input_nodes)
+        real.update(self._base(node) for node in self.outputs)
+        real = {node for node in real if node.op == "call_function"}
+        for node in self.nodes:
+            fused = node.op == "call_function" and node not in real and not self._is_view(node)
+            if fused and len(node.users) > 1 and len(self._operands(node, real)) > READS_THRESHOLD:
+                real.add(node)
+        return real
+
+    def _operands(self, node: fx.Node, real: set[fx.Node]) -> dict[fx.Node, None]:
+        """Values in memory that a fused value reads, in a fixed order."""
+        found: dict[fx.Node, None] = {}
+        stack = [self._base(n) for n in node.all_input_nodes]
+        while stack:
+            operand = stack.pop()
+            source = operand.args[0] if operand.op == "call_function" and _name(operand) == "getitem" else operand
+            if operand.op == "placeholder" or operand in real or source in real:
+                found[operand] = None
+            elif operand.op == "call_function":
+                stack += [self._base(n) for n in operand.all_input_nodes]
+        return found
+
+    def _last_uses(self) -> dict[fx.Node, fx.Node]:
+        last: dict[fx.Node, fx.Node] = {}
+        for node in self.nodes:
+            for operand in self.reads.get(node, ()):
+                last[operand] = node
+        kept = {self._base(node) for node in self.outputs}
+        return {operand: node for operand, node in last.items() if operand not in kept}
+
+    def play(self, args: list[Any]) -> Any:
+        memory: dict[fx.Node, Any] = dict(zip(self.inputs, args, strict=True))
+        args.clear()
+        used = set(self.last_use) | {self._base(node) for node in self.outputs}
+        for node in self.inputs:
+            if node not in used:
+                del memory[node]
+        ends: dict[fx.Node, list[fx.Node]] = {}
+        for operand, node in self.last_use.items():
+            ends.setdefault(node, []).append(operand)
+        for node in self.nodes:
+            if node in self.real and _name(node) != "getitem":
+                self._place(node, memory, ends.get(node, ()))
+            for operand in ends.get(node, ()):
+                memory.pop(operand, None)
+        return fx.node.map_aggregate(self.result, lambda n: self._value(n, memory) if isinstance(n, fx.Node) else n)
+
+    def _place(self, node: fx.Node, memory: dict[fx.Node, Any], ending: Sequence[fx.Node]) -> None:
+        """Allocate a value (each of several), or take over the memory of an operand that ends here."""
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            for user in node.users:
+                part = value[user.args[1]]
+                if isinstance(part, Tensor):
+                    memory[user] = _empty(part)
+        elif not self._is_call(node) and (donor := self._donor(value, memory, ending)) is not None:
+            memory[node] = donor.as_strided(value.shape, value.stride())
+        else:
+            memory[node] = _empty(value)
+        extra = self.gpu_extra(node.target, [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args])
+        if extra:
+            _ = torch.empty(extra, dtype=torch.uint8)
+            del _
+
+    def _donor(self, value: Tensor, memory: dict[fx.Node, Any], ending: Sequence[fx.Node]) -> Tensor | None:
+        for operand in ending:
+            held = memory.get(operand)
+            own = operand.op != "placeholder" or (
+                self.backward and not operand.name.startswith(("primals", "tangents"))
+            )
+            if own and isinstance(held, Tensor) and held.dtype == value.dtype and held.numel() == value.numel():
+                return held
+        return None
+
+    def _value(self, node: fx.Node, memory: dict[fx.Node, Any]) -> Any:
+        """An output: what lies in memory, seen through its views."""
+        if node in memory:
+            return memory[node]
+        assert self._is_view(node), node
+        args = fx.node.map_aggregate(node.args, lambda n: self._value(n, memory) if isinstance(n, fx.Node) else n)
+        return node.target(*args, **node.kwargs)  # type: ignore[operator]
+
+
+def _empty(value: Tensor) -> Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
