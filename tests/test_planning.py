@@ -156,8 +156,8 @@ def test_the_estimate_is_monotonic(gpus: int, micro: int) -> None:
     assert items(activation_checkpointing="full")["activations"] < items()["activations"]
     assert items(activation_checkpointing=2)["activations"] < items()["activations"]
     if gpus > 1:
-        states = [sum(choose(config(XL, strategy=s, global_batch=gpus), machine(gpus, 10_000)).plan.state_bytes.values())
-                  for s in ("zero3", "zero1", "ddp")]  # fmt: skip
+        plans = [choose(config(XL, strategy=s, global_batch=gpus), machine(gpus, 10_000)).plan for s in ("zero1", "ddp")]
+        states = [sum(plan.state_bytes.values()) for plan in plans]
         assert states == sorted(states)
 
 

@@ -57,12 +57,13 @@ def _plan(request: PlanRequest) -> None:
     hardware = probe(config.runs_dir, config.nvme_path)
     if request.described:
         hardware = described_hardware(request.described, hardware)
-    choice = survey(config, hardware)
+    everything = "all" in request.switches
+    choice = survey(config, hardware, everything=everything)
     if typed.as_json:
         print(json.dumps(choice_json(choice, config)))
     else:
         console = _console()
-        print_choice(console, config, choice, everything="all" in request.switches)
+        print_choice(console, config, choice, everything=everything)
         if "explain" in request.switches:
             print_formulas(console, choice)
     if choice.chosen is None:

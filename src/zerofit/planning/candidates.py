@@ -11,15 +11,13 @@ from .calibration import Rates
 from .hardware import Hardware
 from .memory import DeviceConstants, MemoryPrediction, predict_memory, state_bytes
 from .plan import OptimizerPlan, Plan, Prediction, ZeroPlan
-from .sizes import GIB, format_bytes
+from .sizes import format_bytes
 from .speed import StepPrediction, predict_step
 
 #: Share of the free GPU memory that a candidate may use; the rest is the safety margin, wider for a coarse estimate.
 SAFE_SHARE_TRACED, SAFE_SHARE_COARSE = 0.95, 0.90
 #: The same of host memory and of disks.
 SAFE_SHARE_HOST, SAFE_SHARE_DISK = 0.90, 0.95
-#: Host memory of a rank's process itself: Python, PyTorch, the CUDA libraries' private part. Assumed.
-PROCESS_BYTES = 2 * GIB
 #: fp32 parameters and two moments: what a checkpoint holds of each parameter.
 CHECKPOINT_BYTES_A_PARAMETER = 12
 #: Blocks to recompute that ``auto`` tries: none, every fourth, every second, all.
@@ -105,9 +103,9 @@ class Candidate:
     @property
     def items(self) -> dict[str, int]:
         """Bytes on the GPU at the peak by item, what lies outside PyTorch's allocator included."""
-        rounding = self.memory.reserved_bytes - self.memory.allocated_bytes
+        fragmentation = self.memory.reserved_bytes - self.memory.allocated_bytes
         outside = self.memory.driver_bytes - self.memory.reserved_bytes
-        more = {"allocator": rounding, "context": outside}
+        more = {"fragmentation": fragmentation, "context": outside}
         return {**self.memory.items, **{name: size for name, size in more.items() if size > 0}}
 
     @property
@@ -228,8 +226,7 @@ class Builder:
         """The plan with its memory, its speed and the machine's limits."""
         memory = predict_memory(plan, self.constants)
         ranks = plan.ranks_per_node or plan.world_size
-        process = PROCESS_BYTES if self.device == "cuda" else 0
-        host = 0 if self.device == "cpu" else ranks * (memory.host_peak_bytes + process)
+        host = 0 if self.device == "cpu" else ranks * memory.host_peak_bytes
         checkpoint, disk = checkpoint_bytes(self.config, plan.parameters)
         return Candidate(
             plan=plan,

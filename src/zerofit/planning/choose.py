@@ -22,6 +22,9 @@ SAME_SPEED = 0.01
 BALANCED_SHARE = 0.10
 
 
+GOALS: tuple[Goal, ...] = ("speed", "memory", "balanced", "largest-batch")
+
+
 @dataclass(frozen=True)
 class Choice:
     """What was considered, and what was chosen of it."""
@@ -82,10 +85,11 @@ def choose(config: Config, hardware: Hardware) -> Choice:
     return replace(choice, candidates=candidates, chosen=tried, warnings=(*choice.warnings, warning))
 
 
-def survey(config: Config, hardware: Hardware) -> Choice:
+def survey(config: Config, hardware: Hardware, *, everything: bool = False) -> Choice:
     """The same, without refusing when nothing fits: then there are remedies and no choice.
 
-    Strategies that were not asked for are looked at too, for comparison, where their batch can be split at all.
+    Strategies that were not asked for are looked at too, for comparison, where their batch can be split at all. Of each
+    strategy the fastest is looked for and what serves the configuration's goal, or with `everything` every goal.
     """
     device = _device(config, hardware)
     world_size = _world_size(config, hardware, device)
@@ -99,7 +103,7 @@ def survey(config: Config, hardware: Hardware) -> Choice:
         ranks = 1 if rung.strategy == "single" else world_size
         if not wanted and not _splittable(config, ranks):
             continue
-        ends = search(builder, rung, possible_splits(config, ranks))
+        ends = search(builder, rung, possible_splits(config, ranks), GOALS if everything else (config.goal,))
         candidates += [_with_remedies(builder, replace(candidate, asked=wanted)) for candidate in ends]
     chosen = _best([c for c in candidates if c.asked and c.fits], config.goal)
     if chosen is not None:
@@ -111,7 +115,11 @@ def survey(config: Config, hardware: Hardware) -> Choice:
 
 
 def _with_remedies(builder: Builder, candidate: Candidate) -> Candidate:
-    return candidate if candidate.fits else replace(candidate, remedies=remedies(builder, candidate))
+    return (
+        candidate
+        if candidate.fits or not candidate.asked
+        else replace(candidate, remedies=remedies(builder, candidate))
+    )
 
 
 def _explained(candidate: Candidate, reason: str) -> Candidate:
@@ -237,11 +245,8 @@ def _best(fitting: Sequence[Candidate], goal: Goal) -> Candidate | None:
     if goal == "largest-batch":
         return min(fitting, key=lambda c: (-c.plan.micro_batch, *_slowness(c)))
     fastest = min(fitting, key=_slowness)
-    near = [
-        c
-        for c in fitting
-        if _speed(c) >= (1 - (BALANCED_SHARE if goal == "balanced" else SAME_SPEED)) * _speed(fastest)
-    ]
+    slack = BALANCED_SHARE if goal == "balanced" else SAME_SPEED
+    near = [candidate for candidate in fitting if _speed(candidate) >= (1 - slack) * _speed(fastest)]
     if goal == "balanced":
         return min(near, key=lambda c: (c.peak_bytes, *_slowness(c)))
     return min(near, key=lambda c: (_sharding(c), *_slowness(c)))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from .batch import BatchSplit
 from .candidates import Builder, Candidate, Rung
-from .plan import Plan
+from .plan import Plan, ZeroPlan
 from .sizes import GIB
 
 #: Numbers of GPUs that people have.
@@ -44,31 +45,38 @@ def _smaller(builder: Builder, missed: Candidate) -> Iterator[str]:
 def _micro_batch_that_fits(builder: Builder, plan: Plan, every: int) -> int | None:
     """The largest smaller micro-batch that fits, same batch of the rank; None when not even one sample does."""
     samples = plan.micro_batch * plan.accumulation_steps
-    for micro in (m for m in range(plan.micro_batch - 1, 0, -1) if samples % m == 0):
-        smaller = {
-            "micro_batch": micro,
-            "accumulation_steps": samples // micro,
-            "activation_checkpointing_every": every,
-        }
-        if _fits(builder, plan.model_copy(update=smaller)):
-            return micro
-    return None
+    changed = [
+        plan.model_copy(
+            update={"micro_batch": m, "accumulation_steps": samples // m, "activation_checkpointing_every": every}
+        )
+        for m in range(1, plan.micro_batch)
+        if samples % m == 0
+    ]
+    # bisect wants the fitting ones last: from the largest micro-batch to the smallest.
+    changed.reverse()
+    index = bisect_left(changed, True, key=lambda smaller: _fits(builder, smaller))
+    return changed[index].micro_batch if index < len(changed) else None
 
 
 def _more_gpus(builder: Builder, plan: Plan) -> Iterator[str]:
     """The fewest GPUs over which the shards are small enough; nothing for what is not sharded."""
     if not plan.strategy.startswith("zero") or builder.device != "cuda":
         return
+    samples = plan.global_batch
+    wider = [_over(builder, plan, n) for n in GPU_COUNTS if n > plan.world_size and samples % n == 0]
+    index = bisect_left(wider, True, key=lambda changed: _fits(builder, changed))
+    if index < len(wider):
+        yield f"fits on {wider[index].world_size} GPUs"
+
+
+def _over(builder: Builder, plan: Plan, ranks: int) -> Plan:
+    """The plan over more ranks, its global batch kept. Further GPUs may be in further nodes, with their own memory."""
     rung = Rung(plan.strategy, plan.offload, plan.offload_parameters)
-    samples, tight = plan.global_batch, plan.zero.prefetch_bucket_elements < 50_000_000
-    for ranks in (n for n in GPU_COUNTS if n > plan.world_size and samples % n == 0):
-        micro = max(m for m in range(1, plan.micro_batch + 1) if samples // ranks % m == 0)
-        split = BatchSplit(micro, samples // ranks // micro, ranks)
-        wider = builder.plan(rung, split, plan.activation_checkpointing_every, tight)
-        # The further GPUs may be in further nodes, and then bring their host memory along.
-        if _fits(builder, wider.model_copy(update={"ranks_per_node": min(ranks, plan.ranks_per_node or ranks)})):
-            yield f"fits on {ranks} GPUs"
-            return
+    samples = plan.global_batch // ranks
+    micro = max(m for m in range(1, plan.micro_batch + 1) if samples % m == 0)
+    tight = plan.zero.prefetch_bucket_elements < ZeroPlan().prefetch_bucket_elements
+    changed = builder.plan(rung, BatchSplit(micro, samples // micro, ranks), plan.activation_checkpointing_every, tight)
+    return changed.model_copy(update={"ranks_per_node": min(ranks, plan.ranks_per_node or ranks)})
 
 
 def _more_room(missed: Candidate) -> Iterator[str]:

@@ -95,7 +95,7 @@ def predict_step(plan: Plan, found: Rates | None) -> StepPrediction | None:
         parts=parts,
         step_seconds=seconds,
         tokens_per_second=tokens_per_second,
-        mfu=tokens_per_second * plan.model.flops_per_token() / (found.peak_flops * plan.world_size),
+        mfu=tokens_per_second * work.step_flops / (found.peak_flops * plan.world_size),
         error=found.error,
         source=found.source,
     )

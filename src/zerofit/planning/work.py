@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from ..config.models import GPT2Config, ModelConfig
 
@@ -33,6 +34,7 @@ class Work:
         tensors: parameters of the model as tensors: ZeRO hooks each.
         modules: modules with parameters: ZeRO-3 gathers each.
         sample_tokens: tokens of one sample.
+        step_flops: of forward and backward, as MFU counts them.
     """
 
     block_flops: int
@@ -46,8 +48,10 @@ class Work:
     tensors: int
     modules: int
     sample_tokens: int
+    step_flops: int
 
 
+@cache
 def work_of(model: ModelConfig) -> Work | None:
     """The work of a model; None when its speed is not modelled."""
     return _gpt2(model) if isinstance(model, GPT2Config) else None
@@ -69,4 +73,5 @@ def _gpt2(model: GPT2Config) -> Work:
         tensors=len(model.parameter_shapes()),
         modules=GPT2_BLOCK_MODULES * model.n_layer + 3,
         sample_tokens=length,
+        step_flops=model.flops_per_token(),
     )
