@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..config.schema import Config, Offload, Precision, Strategy
 from .batch import BatchSplit
 from .calibration import Rates
 from .hardware import Hardware
-from .memory import DeviceConstants, MemoryPrediction, predict_memory, state_bytes
+from .memory import DeviceConstants, MemoryPrediction, fits_within, predict_memory, state_bytes
 from .plan import OptimizerPlan, Plan, Prediction, ZeroPlan
 from .sizes import format_bytes
 from .speed import StepPrediction, predict_step
@@ -95,6 +95,8 @@ class Candidate:
     """All checkpoints that the retention keeps at once, and the one that is being written."""
     asked: bool = True
     """Within the configuration's wishes; others are there for comparison and never chosen."""
+    squeezed: bool = False
+    """It fits because PyTorch gives back what it holds in reserve when the GPU is full; then a step takes longer."""
     variant: str = "fastest"
     """Of its strategy: ``fastest``, ``least memory`` or ``largest batch``."""
     remedies: tuple[str, ...] = ()
@@ -120,8 +122,8 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """True when every need is met."""
-        return all(need.met for need in self.needs)
+        """True when every need is met; of the GPU's memory when squeezed."""
+        return all(need.met for need in self.needs[1:]) and (self.squeezed or self.needs[0].met)
 
     @property
     def prediction(self) -> Prediction:
@@ -148,6 +150,8 @@ class Candidate:
     @property
     def verdict(self) -> str:
         """Fits or not, with the number that decides."""
+        if self.squeezed:
+            return f"fits in {format_bytes(self.limit_bytes)} when PyTorch gives back what it holds in reserve"
         missing = [need for need in self.needs if not need.met]
         if missing:
             worst = max(missing, key=lambda need: need.needed_bytes / max(need.limit_bytes, 1))
@@ -237,6 +241,14 @@ class Builder:
             checkpoint_bytes=checkpoint,
             disk_bytes=disk,
         )
+
+    def squeeze(self, missed: Candidate) -> Candidate:
+        """The same, fitting after all where a full GPU makes PyTorch's allocator give back its reserve."""
+        memory, limit = missed.memory, missed.limit_bytes
+        least = memory.allocated_bytes + memory.driver_bytes - memory.reserved_bytes
+        if missed.needs[0].met or least > limit or not fits_within(missed.plan, limit, self.constants):
+            return missed
+        return replace(missed, squeezed=True)
 
     def _needs(self, memory: MemoryPrediction, ranks: int, host: int, disk: int) -> Iterator[Need]:
         hardware = self.hardware

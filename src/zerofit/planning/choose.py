@@ -237,9 +237,10 @@ def _require_deepspeed(config: Config, hardware: Hardware) -> None:
 
 
 def _best(fitting: Sequence[Candidate], goal: Goal) -> Candidate | None:
-    """What serves the goal best; of equals the one that shards least."""
+    """What serves the goal best; of equals the one that shards least. What must be squeezed in is the last resort."""
     if not fitting:
         return None
+    fitting = [candidate for candidate in fitting if not candidate.squeezed] or fitting
     if goal == "memory":
         return min(fitting, key=lambda c: (c.peak_bytes, *_slowness(c)))
     if goal == "largest-batch":
@@ -318,7 +319,8 @@ def _warnings(config: Config, hardware: Hardware, chosen: Candidate) -> list[str
     if free is not None and not hardware.described and chosen.disk_bytes > SAFE_SHARE_DISK * free:
         found.append(
             f"checkpoints may fill the disk: {format_bytes(chosen.checkpoint_bytes)} each, "
-            f"{format_bytes(chosen.disk_bytes)} kept at once, {format_bytes(free)} free. Lower keep_checkpoints, or set save_interval never."
+            f"{format_bytes(chosen.disk_bytes)} kept at once, {format_bytes(free)} free. Lower "
+            f"keep_checkpoints, or set save_interval never."
         )
     if chosen.plan.device == "cuda" and hardware.gpus[0].capability < (7, 5):
         found.append(f"{hardware.gpus[0].name} {hardware.gpus[0].software}.")

@@ -116,7 +116,10 @@ def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool)
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     for candidate in shown:
-        chosen, fits = candidate is choice.chosen, "yes" if candidate.fits else "no"
+        chosen, fits = (
+            candidate is choice.chosen,
+            "no" if not candidate.fits else "tight" if candidate.squeezed else "yes",
+        )
         columns = _columns(candidate)
         table.add_row(
             ("> " if chosen else "  ") + describe(candidate.plan),
@@ -260,6 +263,7 @@ def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
         "precision": plan.precision,
         "reduce_bucket_elements": plan.zero.reduce_bucket_elements,
         "fits": candidate.fits,
+        "squeezed": candidate.squeezed,
         "asked": candidate.asked,
         "variant": candidate.variant,
         "gpu_peak_bytes": memory.allocated_bytes,

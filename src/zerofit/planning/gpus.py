@@ -148,9 +148,9 @@ def match_name(name: str, memory_bytes: int | None = None) -> GpuKind | None:
     found = [kind for kind in _TABLE if re.search(kind.pattern, name.lower())]
     if not found or memory_bytes is None:
         return found[0] if found else None
-    family = found[0].key.partition("-")[0]
-    found = [kind for kind in found if kind.key.partition("-")[0] == family]
-    return min(found, key=lambda kind: abs(kind.memory_bytes - memory_bytes))
+    sized = re.fullmatch(r"(.*)-\d+", found[0].key)
+    alike = [kind for kind in _TABLE if sized and re.fullmatch(rf"{sized.group(1)}-\d+", kind.key)]
+    return min(alike or found[:1], key=lambda kind: abs(kind.memory_bytes - memory_bytes))
 
 
 def slowest_of_size(memory_bytes: int) -> GpuKind:

@@ -47,8 +47,9 @@ def search(builder: Builder, rung: Rung, splits: Sequence[BatchSplit], goals: Se
     usual = _Search(builder, rung, options(builder.config, splits, tight=False))
     found = usual.ends(goals)
     if found[0].fits or not rung.strategy.startswith("zero"):
-        return found
-    return _Search(builder, rung, options(builder.config, splits, tight=True)).ends(goals)
+        return found if found[0].fits else [builder.squeeze(found[0])]
+    narrow = _Search(builder, rung, options(builder.config, splits, tight=True)).ends(goals)
+    return narrow if narrow[0].fits else [builder.squeeze(narrow[0])]
 
 
 class _Search:

@@ -107,15 +107,15 @@ def _parts(plan: Plan, work: Work, found: Rates) -> dict[str, float]:
     straggle = STRAGGLER if plan.world_size > 1 else 1.0
     forward, backward, recompute = forward * straggle, backward * straggle, recompute * straggle
     on_gpu = forward + backward + recompute
-    communication = _communication(plan, found, backward + recompute)
+    each, last, after = _communication(plan, found, backward + recompute)
     launch = _launch_seconds(plan, work)
-    # The launching process waits for nothing: the longer of the two decides, and collectives overlap with launching.
-    hidden = max(0.0, launch - on_gpu - communication["micro_step"])
+    # A micro-step takes the longer of launching and what was launched, collectives included.
+    idle = (steps - 1) * max(0.0, launch - on_gpu - each) + max(0.0, launch - on_gpu - last)
     return {
         "compute": steps * (forward + backward),
         "recompute": steps * recompute,
-        "launch": steps * hidden,
-        "communication": steps * communication["micro_step"] + communication["step"],
+        "launch": idle,
+        "communication": (steps - 1) * each + last + after,
         "optimizer": _optimizer_seconds(plan, found),
         "offload": _offload_seconds(plan, found, backward + recompute),
         "overhead": STEP_SECONDS,
@@ -158,25 +158,22 @@ def _launch_seconds(plan: Plan, work: Work) -> float:
     return seconds + work.tensors * hook
 
 
-def _communication(plan: Plan, found: Rates, backward: float) -> dict[str, float]:
-    """Seconds that show, of each ``micro_step`` and of each ``step``."""
+def _communication(plan: Plan, found: Rates, backward: float) -> tuple[float, float, float]:
+    """Seconds that show: of each micro-step but the last, of the last, and after the optimizer."""
     n = plan.world_size
     if n == 1:
-        return {"micro_step": 0.0, "step": 0.0}
+        return 0.0, 0.0, 0.0
     ring = (n - 1) / n
     h = 2 if plan.mixed else 4
     parameters = h * plan.parameters * ring
     gradients = (4 if plan.gradient_dtype == "fp32" else h) * plan.parameters * ring
     if plan.strategy == "zero3":
-        gathers = 2 * parameters / found.all_gather
-        moved = gathers + gradients / found.reduce_scatter
-        return {"micro_step": _exposed(moved, 1.5 * backward, plan, found), "step": 0.0}
-    reduce = 2 * gradients / found.all_reduce
-    shown = _exposed(reduce, backward, plan, found)
+        moved = 2 * parameters / found.all_gather + gradients / found.reduce_scatter
+        shown = _exposed(moved, 1.5 * backward, plan, found)  # the gathers of the forward pass overlap with that
+        return shown, shown, 0.0
+    shown = _exposed(2 * gradients / found.all_reduce, backward, plan, found)
     gather = parameters / found.all_gather if plan.strategy in ("zero1", "zero2") else 0.0
-    if plan.strategy == "zero2":
-        return {"micro_step": shown, "step": gather}
-    return {"micro_step": 0.0, "step": shown + gather}
+    return (shown if plan.strategy == "zero2" else 0.0), shown, gather
 
 
 def _exposed(moved: float, window: float, plan: Plan, found: Rates) -> float:
