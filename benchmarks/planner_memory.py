@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +210,11 @@ class Schedule:
                     self.changed.wait(timeout=5)
                     continue
                 name = self.waiting.pop(0)
-                threads.append(threading.Thread(target=self._case, args=(name, devices)))
+                gate = self.scratch / f"gate-{len(threads)}"
+                threads.append(threading.Thread(target=self._case, args=(name, devices, gate)))
                 for device in devices:
                     self.queues[device].append(name)
-                self.gates[name] = self.scratch / f"gate-{len(threads)}"
+                self.gates[name] = gate
                 threads[-1].start()
                 self._open_gates()
         for thread in threads:
@@ -230,16 +232,19 @@ class Schedule:
         """For every case that is first on all its GPUs."""
         for name, gate in list(self.gates.items()):
             if all(queue[0] == name for queue in self.queues if name in queue):
-                gate.write_text(json.dumps(self.base_bytes), encoding="utf-8")
+                now = self.base_bytes if self.args.small else used_bytes(self.args.gpus)
+                unfinished = gate.with_suffix(".tmp")
+                unfinished.write_text(json.dumps([self.base_bytes, now]), encoding="utf-8")
+                unfinished.replace(gate)
                 del self.gates[name]
 
-    def _case(self, name: str, devices: list[int]) -> None:
+    def _case(self, name: str, devices: list[int], gate: Path) -> None:
         from zerofit.launch.trials import Trial, run_trial
 
         arguments = ["--case", name, *(["--small"] if self.args.small else [])]
         environment = {
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
-            "ZEROFIT_BENCH_GATE": str(self.gates[name]),
+            "ZEROFIT_BENCH_GATE": str(gate),
             "OMP_NUM_THREADS": "4",
         }
         outcome = run_trial(Trial(Path(__file__), arguments, len(devices), 900, environment))
@@ -298,21 +303,21 @@ def summarise(rows: dict[str, Any]) -> None:
             print(f"{what}: mean {mean:.2%}, 95th percentile {high:.2%}, worst {errors[-1]:.2%} of {len(errors)} cases")
 
 
-# ---------------------------------------------------------------------------------------------------- one rank of a case
+# One rank of a case
 
 
 def run_case(name: str, small: bool) -> None:
     """Import, wait for the GPUs, measure."""
     plan = plan_of(CASES[name], small)
     _import_all(plan)
-    base_bytes = _wait_at_gate()
+    base_bytes, gate_bytes = _wait_at_gate()
     watchdog = threading.Timer(CASE_SECONDS, _give_up)
     watchdog.daemon = True
     watchdog.start()
     from zerofit.engines.world import launcher_store, open_world
 
     with open_world(plan, launcher_store()) as world:
-        result = measure(plan, world, base_bytes)
+        result = {**measure(plan, world, base_bytes), "used_at_gate_bytes": gate_bytes}
     from zerofit.launch.trials import write_result
 
     write_result(result)
@@ -326,22 +331,21 @@ def _import_all(plan: Any) -> None:
 
     if plan.strategy.startswith("zero"):
         os.environ["DS_ACCELERATOR"] = plan.device
-        import deepspeed
+        import_module("deepspeed")
     if plan.compile:
-        import torch._inductor.compile_fx
+        import_module("torch._inductor.compile_fx")
     torch.manual_seed(0)
 
 
-def _wait_at_gate() -> list[int]:
+def _wait_at_gate() -> tuple[list[int], list[int]]:
+    """What the driver showed as used on each GPU before the first case, and when the gate opened."""
     gate = os.environ.get("ZEROFIT_BENCH_GATE")
-    while gate and not Path(gate).exists():
+    if gate is None:
+        return [], []
+    while not Path(gate).exists():
         time.sleep(0.02)
-    while gate:
-        try:
-            return [int(size) for size in json.loads(Path(gate).read_text(encoding="utf-8"))]
-        except ValueError:  # half written
-            time.sleep(0.02)
-    return []
+    base_bytes, gate_bytes = json.loads(Path(gate).read_text(encoding="utf-8"))
+    return base_bytes, gate_bytes
 
 
 def _give_up() -> None:

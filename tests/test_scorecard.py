@@ -32,8 +32,10 @@ MODEL = GPT2Config(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=60)
 
 
 def a_plan(device: str) -> Plan:
-    prediction = Prediction(gpu_peak_bytes=1100, gpu_reserved_bytes=1200, gpu_driver_bytes=1300, gpu_items={"a": 1100},
-                            peak_phase="backward", memory_basis="traced", host_peak_bytes=0, step_seconds=0.2)  # fmt: skip
+    prediction = Prediction(
+        gpu_peak_bytes=1100, gpu_reserved_bytes=1200, gpu_driver_bytes=1300, gpu_items={"a": 1100},
+        peak_phase="backward", memory_basis="traced", host_peak_bytes=0, step_seconds=0.2,
+    )  # fmt: skip
     return Plan(model=MODEL, parameters=MODEL.parameter_count(), strategy="single", device=device, world_size=1,
                 micro_batch=4, accumulation_steps=1, precision="fp32", prediction=prediction)  # fmt: skip
 

@@ -206,7 +206,8 @@ class _Coordinator:
         self.available: set[str] = set()
         self.in_flight: dict[str, Any] = {}
         self.members: dict[Any, set[str]] = {}
-        self.active: dict[str, int] = {}
+        #: Modules that are using a parameter; the one that is recomputed counts once.
+        self.active: dict[str, set[tuple[str, ...]]] = {name: set() for name in elements}
         self.gathers = 0
         self.queue: deque[tuple[str, int]] = deque()
         self.uses = [
@@ -239,7 +240,8 @@ class _Coordinator:
         for name in sorted(self.available, key=self.index.__getitem__):
             self.ledger.free_if_live(("gathered", name))
         self.available.clear()
-        self.active.clear()
+        for users in self.active.values():
+            users.clear()
 
     def begin_step(self) -> None:
         """Before a forward pass: the queue starts over."""
@@ -247,11 +249,11 @@ class _Coordinator:
         self.fetched_for = {}
         self.step_id = self.available_elements = 0
 
-    def fetch(self, names: Sequence[str]) -> None:
+    def fetch(self, names: tuple[str, ...]) -> None:
         """Gather what the module needs, start gathering what comes after, wait for the first."""
         self._gather([n for n in names if n not in self.available and n not in self.in_flight])
         for name in names:
-            self.active[name] = self.active.get(name, 0) + 1
+            self.active[name].add(names)
             if name in self.in_flight:
                 self._wait(name)
         fresh = {name for name in names if self.fetched_for.get(name, NEVER) < self.step_id}
@@ -316,10 +318,10 @@ class _Coordinator:
         item = "parameters" if name in self.persistent else "gathered"
         self.ledger.alloc(("gathered", name), self.h * elements, item, stream)
 
-    def release(self, names: Sequence[str]) -> None:
+    def release(self, names: tuple[str, ...]) -> None:
         """Let go of the module's parameters that are not used again soon."""
         for name in names:
-            self.active[name] -= 1
+            self.active[name].discard(names)
             if self.active[name] or name not in self.available or name in self.persistent:
                 continue
             if self.fetched_for.get(name, NEVER) > self.step_id or self._reused_soon(name):

@@ -167,14 +167,15 @@ def _hash(text: str) -> str:
 class PredictionStore:
     """Finished predictions by plan, in one file of JSON lines in the user's cache folder.
 
-    The file's name holds a hash of `planning`'s sources and of the torch version.
+    The file's name holds a hash of the sources of planning and models and of the torch version.
     """
 
     #: A larger file is started over.
     LIMIT_BYTES = 16 * 1024**2
 
     def __init__(self) -> None:
-        sources = sorted(Path(__file__).parent.glob("*.py"))
+        package = Path(__file__).parent.parent
+        sources = sorted([*package.glob("planning/*.py"), *package.glob("models/*.py")])
         name = _hash(_hash_files(*sources) + _cache_path("").name)
         self.path = cache_folder() / f"predictions-{name}.jsonl"
         self._known: dict[str, Any] | None = None

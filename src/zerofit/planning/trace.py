@@ -11,6 +11,7 @@ themselves is added (`_kernel_bytes`). A plan for the CPU is traced as the CPU w
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from collections.abc import Iterator, Sequence
@@ -32,8 +33,9 @@ from .trace_compiled import stand_in
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Blocks of a traced model: first, two middle ones (which must be alike) and last.
 DEPTH = 4
-#: Samples of the traced points; the third must lie on the line through the first two.
-SAMPLES = (1, 2, 5)
+#: Samples of the traced points; the third must lie on the line through the first two. Some operators take another way
+#: for a single sample (matrix products of a batch of one): then lines start at two.
+SAMPLES = ((1, 2, 5), (2, 3, 6))
 
 
 class TraceError(Exception):
@@ -55,18 +57,22 @@ def trace_template(
     Raises:
         TraceError: sizes are not linear in the batch, or the middle blocks differ.
     """
-    small = shallow(config, DEPTH)
-    points = []
+    build = functools.partial(
+        _Recording, spec, shallow(config, DEPTH), DTYPES[precision], recompute, device=device, compiled=compiled
+    )
+    failure = None
     for samples in SAMPLES:
         try:
-            points.append(_Recording(spec, small, DTYPES[precision], recompute, samples, device, compiled).segments())
-        except TraceError:
-            raise
+            template = _merged([build(samples=count).segments() for count in samples], samples)
+            _check_middle(template)
+        except TraceError as reason:
+            failure = failure or reason
         except Exception as reason:  # whatever a model does that fake tensors cannot
             raise TraceError(f"{type(reason).__name__}: {reason}") from reason
-    template = _linear([p[0] for p in points], [p[1] for p in points], points[0][2])
-    _check_middle(template)
-    return template
+        else:
+            return template
+    assert failure is not None
+    raise failure
 
 
 def shallow(config: Any, depth: int) -> Any:
@@ -77,13 +83,13 @@ def shallow(config: Any, depth: int) -> Any:
 
 
 def direct_events(
-    spec: ModelSpec[Any], config: Any, *, precision: Precision, every: int, samples: int, device: str
+    spec: ModelSpec[Any], config: Any, *, precision: Precision, every: int, samples: int, device: str, compiled: bool
 ) -> tuple[int, int, int]:
     """Trace the whole model at one size: (bytes saved at the end of forward, forward peak, backward peak).
 
     What composing templates must equal; for tests. Parameter gradients are freed as they are finished.
     """
-    record = _Recording(spec, config, DTYPES[precision], every, samples, device)
+    record = _Recording(spec, config, DTYPES[precision], every, samples, device, compiled)
     live = peak = saved = forward_peak = 0
     sizes: dict[int, int] = {}
     for event in record.events:
@@ -420,8 +426,9 @@ class _Cutter:
         return "@." + name.removeprefix(prefix) if name.startswith(prefix) else name
 
 
-def _linear(passes: Sequence[Any], inputs: Sequence[Sequence[int]], block_name: str) -> Template:
-    """Merge the points: bytes become (slope, offset); everything else must be the same."""
+def _merged(points: Sequence[Any], samples: Sequence[int]) -> Template:
+    """Of traces at several sizes: bytes become (slope, offset); everything else must be the same."""
+    passes, inputs, names = zip(*points, strict=True)
     depth = len(passes[0][0]) - 2
     merged = []
     for which in (FORWARD, BACKWARD):
@@ -430,28 +437,28 @@ def _linear(passes: Sequence[Any], inputs: Sequence[Sequence[int]], block_name: 
             columns = [point[which][position] for point in passes]
             if len({len(column) for column in columns}) > 1:
                 raise TraceError(f"the events at position {position} depend on the batch size")
-            segments.append([_merge(events, position) for events in zip(*columns, strict=True)])
+            segments.append([_merge(events, samples) for events in zip(*columns, strict=True)])
         merged.append(segments)
-    lines = [_line(sizes) for sizes in zip(*inputs, strict=True)]
-    return Template(depth, merged[0], merged[1], lines, block_name)
+    lines = [_line(sizes, samples) for sizes in zip(*inputs, strict=True)]
+    return Template(depth, merged[0], merged[1], lines, names[0])
 
 
-def _merge(events: Sequence[Event], position: int) -> Event:
+def _merge(events: Sequence[Event], samples: Sequence[int]) -> Event:
     first = events[0]
     if first[0] == "+" and all(event[:2] == first[:2] and event[3] == first[3] for event in events):
-        return ["+", first[1], *_line([event[2] for event in events]), first[3]]
+        return ["+", first[1], *_line([event[2] for event in events], samples), first[3]]
     if any(event != first for event in events):
-        raise TraceError(f"the order of events at position {position} depends on the batch size")
+        raise TraceError("the order of events depends on the batch size")
     return first
 
 
-def _line(sizes: Sequence[int]) -> tuple[int, int]:
-    """(slope, offset) through sizes at `SAMPLES`."""
-    (x0, x1, *_), (y0, y1, *_) = SAMPLES, sizes
+def _line(sizes: Sequence[int], samples: Sequence[int]) -> tuple[int, int]:
+    """(slope, offset) through sizes at `samples`."""
+    (x0, x1, *_), (y0, y1, *_) = samples, sizes
     slope = (y1 - y0) // (x1 - x0)
     offset = y0 - slope * x0
-    if any(slope * x + offset != y for x, y in zip(SAMPLES, sizes, strict=True)):
-        raise TraceError(f"a size is not linear in the batch: {list(sizes)} bytes at {list(SAMPLES)} samples")
+    if any(slope * x + offset != y for x, y in zip(samples, sizes, strict=True)):
+        raise TraceError(f"a size is not linear in the batch: {list(sizes)} bytes at {list(samples)} samples")
     return slope, offset
 
 

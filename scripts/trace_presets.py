@@ -1,0 +1,63 @@
+"""Trace the presets' models anew and write them where the package ships them. Run after a change of a model or of the
+tracer; a test says when.
+
+    python scripts/trace_presets.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib.resources import files
+
+import yaml
+
+from zerofit.config.models import GPT2Config
+from zerofit.planning import store
+from zerofit.planning.plan import Plan
+from zerofit.planning.store import TraceKey, trace_key
+
+PRESETS = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "shakespeare_char")
+#: Vocabulary of the preset that takes its own from the text.
+SHAKESPEARE_CHARACTERS = 76
+
+
+def main() -> None:
+    store.SHIPPED.mkdir(exist_ok=True)
+    for old in store.SHIPPED.glob("*.json"):
+        old.unlink()
+    for preset, plan, key in shipped_keys():
+        path = store.SHIPPED / f"{preset}-{key.text}.json"
+        path.write_text(json.dumps(store.trace_now(plan, key).json(), separators=(",", ":")) + "\n", encoding="utf-8")
+        print(f"{path.name}: {path.stat().st_size:,} bytes")
+
+
+def shipped_keys() -> Iterator[tuple[str, Plan, TraceKey]]:
+    """(preset, plan, key) of every trace that is shipped: the presets' models, on GPUs in half precision, eager and
+    compiled; the one that is meant for CPUs, there in fp32."""
+    for preset in PRESETS:
+        text = files("zerofit.config.presets").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
+        shape = {"vocab_size": SHAKESPEARE_CHARACTERS, **yaml.safe_load(text)["model"]}
+        model = GPT2Config.model_validate(shape)
+        variants = [("cuda", "bf16", False), ("cuda", "bf16", True)]
+        variants += [("cpu", "fp32", False)] if "vocab_size" not in yaml.safe_load(text)["model"] else []
+        for device, precision, compiled in variants:
+            plan = Plan.model_validate(
+                {
+                    "model": model,
+                    "parameters": model.parameter_count(),
+                    "strategy": "single",
+                    "device": device,
+                    "world_size": 1,
+                    "micro_batch": 1,
+                    "accumulation_steps": 1,
+                    "precision": precision,
+                    "compile": compiled,
+                }
+            )
+            for recompute in (False, True):
+                yield preset, plan, trace_key(plan, recompute=recompute)
+
+
+if __name__ == "__main__":
+    main()
