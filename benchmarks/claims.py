@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from zerofit.config.models import GPT2Config
-from zerofit.planning.candidates import CHECKPOINT_BYTES_A_PARAMETER
-from zerofit.planning.ledger import Measurement, hardware_of, plan_of
 from zerofit.planning.calibration import rates
+from zerofit.planning.candidates import CHECKPOINT_BYTES_A_PARAMETER
 from zerofit.planning.gpus import GPUS
+from zerofit.planning.ledger import Measurement, hardware_of, plan_of
 from zerofit.planning.memory import state_bytes
 from zerofit.planning.speed import predict_step
 
@@ -144,7 +144,7 @@ def xl_speed() -> str:
     rows.append(["7B, T=4096, 1 x 8 on 4 RTX 4090: 0.8 steps/s", f"{mamba:,.0f} TFLOP/s a GPU", "165 TFLOP/s"])
     after = (
         f"\n\nThe planner expects {predicted.step_seconds:.1f} s for the first of these (within {predicted.error:.0%}); "
-        f"four H200s take {measured['step_seconds'] * 1e3:.0f} ms for a quarter of that work (1 x 8), measured."
+        f"four H200s take {measured['step_seconds'] * 1e3:.0f} ms for a quarter of that work (1 x 8): measured."
     )
     return table(["claim", "what it would need", "the card's peak"], rows) + after
 
@@ -163,8 +163,7 @@ def zero3_speed() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    block.__name__: block
-    for block in (mamba_memory, seven_billion, savings, xl_memory, disk, xl_speed, zero3_speed)
+    block.__name__: block for block in (mamba_memory, seven_billion, savings, xl_memory, disk, xl_speed, zero3_speed)
 }
 
 

@@ -46,7 +46,6 @@ def test_a_run_on_a_gpu_is_scored_and_kept(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     properties = SimpleNamespace(total_memory=150 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    )
     said: list[str] = []
     display = SilentDisplay()
     monkeypatch.setattr(display, "say", said.append)

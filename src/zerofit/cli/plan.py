@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 #: What GPT-2's byte-pair encoding has; known without prepared data.
 GPT2_VOCABULARY = 50257
-#: A plan's table is wide; on a pipe it is not folded.
-_PIPE_WIDTH = 160
+#: Tables are wide; on a pipe they are not folded.
+_PIPE_WIDTH = 200
 
 
 def run_plan(arguments: Sequence[str]) -> None:
