@@ -143,7 +143,7 @@ def xl_speed() -> str:
     mamba = 6 * MAMBA * 8 * 4096 * 0.8 / TERA
     rows.append(["7B, T=4096, 1 x 8 on 4 RTX 4090: 0.8 steps/s", f"{mamba:,.0f} TFLOP/s a GPU", "165 TFLOP/s"])
     after = (
-        f"\n\nThe planner expects {predicted.step_seconds:.1f} s for the first of these (within {predicted.error:.0%}); "
+        f"\n\nThe planner expects {predicted.step_seconds:.1f} s for the first (within {predicted.error:.0%}), and "
         f"four H200s take {measured['step_seconds'] * 1e3:.0f} ms for a quarter of that work (1 x 8): measured."
     )
     return table(["claim", "what it would need", "the card's peak"], rows) + after

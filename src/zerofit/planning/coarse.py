@@ -6,6 +6,7 @@ P parameters, N ranks, h bytes of the compute type (2 or 4). Bytes on the busies
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from .plan import Plan
 
@@ -15,11 +16,15 @@ MIB = 1024**2
 BLOCK_ELEMENTS_PER_CHANNEL = 17
 
 
-def coarse_items(plan: Plan) -> dict[str, int]:
-    """Estimated bytes of PyTorch's allocator at the peak, by item (on the CPU: of the process)."""
+def coarse_items(plan: Plan, states: Mapping[str, int]) -> dict[str, int]:
+    """Estimated bytes of PyTorch's allocator at the peak, by item (on the CPU: of the process).
+
+    Args:
+        states: model states, `memory.state_bytes`.
+    """
     # Without a GPU, what is offloaded lies in the same memory.
     counts_host = plan.device == "cpu"
-    items = {name: size for name, size in plan.state_bytes.items() if counts_host or not name.startswith("host_")}
+    items = {name: size for name, size in states.items() if counts_host or not name.startswith("host_")}
     p, h = plan.parameters, 2 if plan.mixed else 4
     items["gradients"] = max(items.get("gradients", 0), _gradient_bytes(plan, h))
     items["activations"] = _activation_bytes(plan, h)

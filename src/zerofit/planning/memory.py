@@ -20,7 +20,7 @@ from .memory_zero2 import Zero2Model
 from .memory_zero3 import Zero3Model
 from .plan import Plan
 from .template import ModuleEvent, StepEvent, compose
-from .timeline import EngineModel, Ledger, simulate
+from .timeline import EngineModel, Ledger, parameter_elements, simulate
 from .zero_memory import swapped_bytes, zero_state_bytes
 
 MIB = 1024**2
@@ -169,10 +169,11 @@ def _play(
 
 
 def _coarse(plan: Plan, device: DeviceConstants, reason: str) -> MemoryPrediction:
-    items = coarse_items(plan)
+    states = state_bytes(plan)
+    items = coarse_items(plan, states)
     allocated = sum(items.values())
     host = Ledger()
-    for name, size_bytes in state_bytes(plan).items():
+    for name, size_bytes in states.items():
         if name.startswith("host_"):
             host.alloc(name, size_bytes, name)
     host.begin("init")
@@ -210,14 +211,8 @@ def _host_items(plan: Plan, host: Ledger) -> dict[str, int]:
     if plan.device == "cpu":
         return {}
     largest = max((items for _, items in host.peaks.values()), key=lambda items: sum(items.values()), default={})
-    loading = 2 * 4 * max(_parameter_elements(plan))
+    loading = 2 * 4 * max(parameter_elements(plan).values())
     return {"process": PROCESS_BYTES, "loading": loading, **{name: size for name, size in largest.items() if size}}
-
-
-def _parameter_elements(plan: Plan) -> list[int]:
-    from math import prod
-
-    return [prod(shape) for shape in plan.model.parameter_shapes().values()]
 
 
 def engine_model(plan: Plan, ledger: Ledger, host: Ledger, events: Sequence[StepEvent]) -> EngineModel:

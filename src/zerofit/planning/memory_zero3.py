@@ -193,9 +193,7 @@ class Zero3Model:
 class _Coordinator:
     """Which parameters are gathered: ``PartitionedParameterCoordinator`` once it knows the order of modules."""
 
-    def __init__(
-        self, plan: Plan, ledger: Ledger, elements: dict[str, int] | Any, modules: Sequence[ModuleEvent]
-    ) -> None:
+    def __init__(self, plan: Plan, ledger: Ledger, elements: dict[str, int], modules: Sequence[ModuleEvent]) -> None:
         self.plan, self.ledger, self.elements = plan, ledger, elements
         self.h = 2 if plan.mixed else 4
         self.order = [event.parameters for event in modules if event.when.endswith("+")]

@@ -19,7 +19,7 @@ A segment is a list of events:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,7 +70,6 @@ class Template:
         forward, backward: position -> events, positions 0 to ``depth + 1``.
         inputs: (slope, offset) of each input tensor's bytes.
         block_name: name of block ``{}`` within the model.
-        samples: (least, most) samples for which the sizes hold.
     """
 
     depth: int
@@ -143,6 +142,3 @@ def from_json(data: Mapping[str, Any]) -> Template:
     """The template that `Template.json` wrote."""
     inputs = [(slope, offset) for slope, offset in data["inputs"]]
     return Template(data["depth"], data["forward"], data["backward"], inputs, data["block_name"])
-
-
-Sizer = Callable[[int, int], int]

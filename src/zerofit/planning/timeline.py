@@ -6,7 +6,8 @@ engine allocates and frees at each moment; `simulate` plays a composed micro-ste
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .plan import Plan
@@ -178,8 +179,6 @@ def _micro_step(
         ledger.free(("input", number))
 
 
-def parameter_elements(plan: Plan) -> Mapping[str, int]:
+def parameter_elements(plan: Plan) -> dict[str, int]:
     """Canonical name -> elements."""
-    from math import prod
-
-    return {name: prod(shape) for name, shape in plan.model.parameter_shapes().items()}
+    return {name: math.prod(shape) for name, shape in plan.model.parameter_shapes().items()}

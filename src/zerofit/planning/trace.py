@@ -198,22 +198,8 @@ def _as_on_gpu() -> Iterator[None]:
         vars(F).update(scaled_dot_product_attention=attention, dropout=dropout)
 
 
-class _ModuleInput(torch.autograd.Function):
-    """The identity on a module's input: its backward pass marks the end of the module's, as DeepSpeed's hook does."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tell: Any) -> Tensor:
-        ctx.tell = tell
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        ctx.tell()
-        return gradients[0], None
-
-
-class _ModuleOutput(torch.autograd.Function):
-    """The identity on a module's output: its backward pass marks the beginning of the module's."""
+class _Tell(torch.autograd.Function):
+    """The identity; calls `tell` in the backward pass, as DeepSpeed's hooks on a module's input and output do."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tell: Any) -> Tensor:
@@ -227,9 +213,10 @@ class _ModuleOutput(torch.autograd.Function):
 
 
 def _wrapped(argument: Any, tell: Any) -> Any:
+    """`argument`, calling `tell` when its gradient passes."""
     if not isinstance(argument, Tensor) or not argument.requires_grad:
         return argument
-    return _ModuleInput.apply(argument, tell)  # type: ignore[no-untyped-call]
+    return _Tell.apply(argument, tell)  # type: ignore[no-untyped-call]
 
 
 class _Recording:
@@ -341,9 +328,7 @@ class _Recording:
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             tell("f-")()
-            if isinstance(output, Tensor) and output.requires_grad:
-                return _ModuleOutput.apply(output, tell("b+"))  # type: ignore[no-untyped-call]
-            return None
+            return _wrapped(output, tell("b+"))
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
