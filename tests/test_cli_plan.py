@@ -65,7 +65,7 @@ def test_a_plan_for_hardware_that_is_not_here(capsys: pytest.CaptureFixture[str]
         assert candidate["reason"]
     fitting = [c for c in found["candidates"] if c["fits"] and c["asked"]]
     fastest = max(c["tokens_per_second"] for c in fitting)
-    assert found["chosen"]["tokens_per_second"] >= 0.99 * fastest
+    assert found["chosen"]["tokens_per_second"] >= 0.97 * fastest
     assert found["chosen"]["precision"] == "bf16"
 
 

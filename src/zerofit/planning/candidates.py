@@ -292,4 +292,4 @@ def describe(plan: Plan) -> str:
     """The strategy and its offload in words."""
     names = {"single": "single", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
     offload = {"none": "", "cpu": " + CPU offload", "nvme": " + NVMe offload"}[plan.offload]
-    return names[plan.strategy] + offload + (", parameters too" if plan.offload_parameters != "none" else "")
+    return names[plan.strategy] + offload + (" + parameters" if plan.offload_parameters != "none" else "")

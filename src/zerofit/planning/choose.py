@@ -17,7 +17,7 @@ from .search import search
 from .sizes import format_bytes, format_seconds
 
 #: Predicted speeds closer than this are the same; then the least sharding wins.
-SAME_SPEED = 0.01
+SAME_SPEED = 0.03
 #: How much of the speed ``goal: balanced`` gives for less memory.
 BALANCED_SHARE = 0.10
 

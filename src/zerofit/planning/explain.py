@@ -18,7 +18,11 @@ from .speed import FORMULAS
 
 #: Columns that say something on GPUs only, and those that a terminal narrower than `WIDE` has no room for.
 GPU_COLUMNS = ("host", "step", "tokens/s", "MFU")
-WIDE, WIDE_COLUMNS, WIDE_GPU_COLUMNS = 120, ("recompute",), ("recompute", "states", "activations", "host", "MFU")
+WIDE, WIDE_COLUMNS, WIDE_GPU_COLUMNS = (
+    120,
+    ("recompute",),
+    ("recompute", "states", "activations", "host", "tokens/s", "MFU"),
+)
 BAR_WIDTH = 40
 #: Items of the memory bar, by the letter that fills it.
 _BAR = (
@@ -169,7 +173,7 @@ def memory_bars(choice: Choice, shown: tuple[Candidate, ...]) -> Text:
     widest = max(*(c.peak_bytes for c in shown), choice.candidates[0].limit_bytes)
     text = Text()
     for candidate in shown:
-        text.append(f"  {describe(candidate.plan):34.34s} ")
+        text.append(f"  {describe(candidate.plan):34s} ")
         text.append(memory_bar(candidate, widest), style="green" if candidate.fits else "red")
         text.append("\n")
     legend = ", ".join(f"{letter} {name}" for letter, name, _ in _BAR)
