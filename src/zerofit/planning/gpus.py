@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from ..config.schema import Precision
 from ..errors import ConfigError
@@ -19,8 +18,6 @@ from .sizes import MIB
 
 #: One way, 16 lanes (8 for the laptop card: see its row), after 128b/130b encoding and packet headers.
 PCIE3, PCIE4, PCIE5 = 12.5e9, 25e9, 50e9
-
-Source = Literal["measured", "published"]
 
 
 @dataclass(frozen=True)
