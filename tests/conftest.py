@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import tempfile
 
+import pytest
 
-def pytest_configure() -> None:
-    """Answer Ctrl-C and a hang-up as in a terminal: under ``nohup`` and in background jobs both arrive ignored.
+#: What zerofit keeps for its user: tests neither read nor write it. One folder for all, so that a trace is made once.
+USER_FOLDERS = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
 
-    What the planner remembers stays out of the user's cache.
-    """
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Answer Ctrl-C and a hang-up as in a terminal: under ``nohup`` and in background jobs both arrive ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="zerofit-tests-")
-
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+    scratch = tempfile.TemporaryDirectory(prefix="zerofit-tests-")
+    config.add_cleanup(scratch.cleanup)
+    for name in USER_FOLDERS:
+        os.environ[name] = scratch.name

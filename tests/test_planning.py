@@ -69,9 +69,9 @@ def test_micro_batch_and_accumulation_make_a_global_batch() -> None:
         (1, 80, ("single", "none")),
         (4, 80, ("ddp", "none")),
         (4, 24, ("zero1", "none")),
-        (4, 12.5, ("zero2", "none")),
-        (4, 11, ("zero3", "none")),
-        (1, 24, ("zero2", "cpu")),
+        (4, 15, ("zero2", "none")),
+        (4, 13.1, ("zero3", "none")),
+        (1, 24, ("zero1", "cpu")),
         (0, 0, ("single", "none")),
     ],
 )
@@ -84,7 +84,7 @@ def test_auto_takes_the_least_sharding_that_fits(gpus: int, memory_gib: float, e
 
 def test_nothing_fits() -> None:
     with pytest.raises(DoesNotFit, match="No strategy fits") as refusal:
-        choose(config(XL, global_batch=4), machine(4, 4))
+        choose(config(XL, global_batch=4), machine(4, 1))
     assert refusal.value.exit_code == 3
 
 
@@ -135,31 +135,32 @@ def test_auto_turns_compile_off_where_it_gives_wrong_gradients() -> None:
 
 def test_without_a_gpu_offloading_saves_nothing() -> None:
     def peak(offload: str) -> int:
-        return choose(config(XL, strategy="zero2", offload=offload), machine(0)).candidates[0].peak_bytes
+        chosen = choose(config(XL, strategy="zero2", offload=offload), machine(0)).chosen
+        assert chosen is not None
+        return chosen.peak_bytes
 
     assert peak("cpu") > peak("none")
 
 
-@given(gpus=st.sampled_from([1, 2, 3, 4, 8]), micro=st.sampled_from([1, 2, 4]))
+@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
+@pytest.mark.parametrize("micro", [1, 4])
 def test_the_estimate_is_monotonic(gpus: int, micro: int) -> None:
     def items(**settings: object) -> dict[str, int]:
-        wish = config(XL, **{"global_batch": None, "micro_batch": micro, "strategy": "ddp", **settings})
-        return choose(wish, machine(gpus, 10_000)).candidates[0].items
+        strategy = "single" if gpus == 1 else "ddp"
+        fixed = {"global_batch": None, "micro_batch": micro, "strategy": strategy, "activation_checkpointing": "none"}
+        chosen = choose(config(XL, **{**fixed, **settings}), machine(gpus, 10_000)).chosen
+        assert chosen is not None
+        return chosen.memory.phases["forward"]
 
-    if gpus > 1:
-        states = [
-            sum(
-                v
-                for k, v in choose(
-                    config(XL, strategy=s, global_batch=gpus), machine(gpus, 10_000)
-                ).plan.state_bytes.items()
-            )
-            for s in ("zero1", "ddp")
-        ]
-        assert states[0] <= states[1]
     assert items(micro_batch=2 * micro)["activations"] > items()["activations"]
     assert items(activation_checkpointing="full")["activations"] < items()["activations"]
     assert items(activation_checkpointing=2)["activations"] < items()["activations"]
+    if gpus > 1:
+        plans = [
+            choose(config(XL, strategy=s, global_batch=gpus), machine(gpus, 10_000)).plan for s in ("zero1", "ddp")
+        ]
+        states = [sum(plan.state_bytes.values()) for plan in plans]
+        assert states == sorted(states)
 
 
 def test_the_probe_reads_this_machine() -> None:

@@ -3,31 +3,112 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
+from .plan_arguments import PlanRequest, read_plan_arguments
+
+if TYPE_CHECKING:
+    from ..config.load import ResolvedConfig
+    from ..config.schema import Config
+
+#: What GPT-2's byte-pair encoding has; known without prepared data.
+GPT2_VOCABULARY = 50257
+#: Tables are wide; on a pipe they are not folded.
+_PIPE_WIDTH = 200
 
 
 def run_plan(arguments: Sequence[str]) -> None:
-    """Print the candidates and the choice for a configuration on this machine; starts and writes nothing."""
+    """Show what would run and what fits, here or on hardware described by --gpus 4 --gpu rtx4090; starts nothing.
+
+    Exit code 0 when something that was asked for fits, 3 when nothing does.
+    """
+    request = read_plan_arguments(arguments)
+    if "ledger" in request.switches:
+        _show_ledger(request)
+    elif "calibrate" in request.switches:
+        from .calibrate import run_calibrate
+
+        run_calibrate(request)
+    else:
+        _plan(request)
+
+
+def _plan(request: PlanRequest) -> None:
     from ..config.arguments import parse_arguments
     from ..config.load import load_config
-    from ..planning.choose import choose
-    from ..planning.explain import choice_json, print_choice
+    from ..planning.choose import nothing_fits, survey
+    from ..planning.described import described_hardware
+    from ..planning.explain import choice_json, print_choice, print_formulas
     from ..planning.hardware import probe
-    from ..training.start import with_vocabulary
 
-    request = parse_arguments(arguments)
-    if request.resume or request.run or request.dry_run:
+    typed = parse_arguments(request.rest)
+    if typed.resume or typed.run or typed.dry_run:
         raise ConfigError(
             "`zerofit plan` was given --resume, --run or --dry-run, which belong to `zerofit train`: a plan starts and "
             "continues nothing. Leave them away, or write `zerofit train … --dry-run`."
         )
-    config = with_vocabulary(load_config(request.source, request.preset, request.overrides)).config
-    choice = choose(config, probe())
-    if request.as_json:
-        print(json.dumps(choice_json(choice)))
+    config = with_vocabulary(load_config(typed.source, typed.preset, typed.overrides))
+    hardware = probe(config.runs_dir, config.nvme_path)
+    if request.described:
+        hardware = described_hardware(request.described, hardware)
+    everything = "all" in request.switches
+    choice = survey(config, hardware, everything=everything)
+    if typed.as_json:
+        print(json.dumps(choice_json(choice, config)))
     else:
-        print_choice(Console(), config, choice)
+        console = _console()
+        print_choice(console, config, choice, everything=everything)
+        if "explain" in request.switches:
+            print_formulas(console, choice)
+    if choice.chosen is None:
+        print(nothing_fits(choice.candidates), file=sys.stderr)
+        raise typer.Exit(3)
+
+
+def with_vocabulary(resolved: ResolvedConfig) -> Config:
+    """The configuration with its vocabulary: its own, its data's, or its tokenizer's, for a plan needs no data.
+
+    Raises:
+        DataError: none of the three is known.
+    """
+    from ..training import start
+
+    try:
+        return start.with_vocabulary(resolved).config
+    except DataError as error:
+        config = resolved.config
+        if config.data.prepare and config.data.tokenizer == "gpt2":
+            return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": GPT2_VOCABULARY})})
+        raise DataError(
+            f"The size of the vocabulary is not known: it is that of the prepared data, and {config.data.path} holds "
+            f"none. Set --model.vocab_size N to plan without data (65 to 100 for characters), or prepare it with "
+            f"`zerofit data prepare`."
+        ) from error
+
+
+def _show_ledger(request: PlanRequest) -> None:
+    """Predicted beside measured: the shipped rows and this user's."""
+    from ..planning.ledger import ledger_json, ledger_table, read_ledger
+
+    as_json, rest = "--json" in request.rest, [part for part in request.rest if part != "--json"]
+    if rest or request.described or request.switches != {"ledger"}:
+        raise ConfigError(
+            f"`zerofit plan --ledger` was given {' '.join(rest) or 'other flags'}: the ledger shows past runs and "
+            f"takes --json only. Leave the rest away."
+        )
+    rows = read_ledger()
+    if as_json:
+        print(json.dumps(ledger_json(rows)))
+    else:
+        _console().print(ledger_table(rows))
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPE_WIDTH)

@@ -20,6 +20,11 @@ def run_train(arguments: Sequence[str]) -> None:
     from ..launch.local import launch
     from ..training.start import prepare_run
 
+    if "--check-memory" in arguments or "--check_memory" in arguments:
+        from .check_memory import run_check_memory
+
+        run_check_memory([part for part in arguments if part not in ("--check-memory", "--check_memory")])
+        return
     request = parse_arguments(arguments)
     _refuse_what_train_lacks(request)
     resolved = load_config(request.source, request.preset, request.overrides)

@@ -84,6 +84,14 @@ class GPT2Config(Section):
         """Distinct parameters (the tied head counts once), padding rows included."""
         return sum(math.prod(shape) for shape in self.parameter_shapes().values())
 
+    def flops_per_token(self) -> int:
+        """Of forward and backward for one trained token; a multiplication and its addition count as two.
+
+        6 per parameter that multiplies (positions do not) + 12 L C T for attention (PaLM paper, appendix B).
+        """
+        multiplying = self.parameter_count() - self.block_size * self.n_embd
+        return 6 * multiplying + 12 * self.n_layer * self.n_embd * self.block_size
+
 
 #: The union grows with each architecture: ``GPT2Config | MambaConfig``, discriminated by ``kind``.
 ModelConfig = GPT2Config

@@ -14,6 +14,7 @@ Offload = Literal["none", "cpu", "nvme"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
 Interval = Positive | Literal["never"]
+Goal = Literal["speed", "memory", "balanced", "largest-batch"]
 
 
 class DataConfig(Section):
@@ -123,10 +124,13 @@ class Config(Section):
     """Forward and backward passes of one rank before an optimizer step."""
 
     strategy: Strategy | Literal["auto"] = "auto"
-    """How states are spread over ranks; ``auto``: the least sharding that fits."""
-    offload: Offload = "none"
-    """Where the optimizer's states live."""
-    offload_parameters: Offload = "none"
+    """How states are spread over ranks; ``auto``: what serves the goal best of all that fits."""
+    goal: Goal = "speed"
+    """What the plan looks for among what fits: the fastest; the least GPU memory; ``balanced``: the least memory within
+    a tenth of the fastest; the largest micro-batch."""
+    offload: Offload | Literal["auto"] = "auto"
+    """Where the optimizer's states live; ``auto``: on the GPU, elsewhere where that does not fit or is slower."""
+    offload_parameters: Offload | Literal["auto"] = "auto"
     """ZeRO-3 only: where idle parameters live."""
     nvme_path: Path | None = None
     """Folder on a local NVMe drive, for ``nvme`` offload."""
@@ -138,8 +142,9 @@ class Config(Section):
     """``auto``: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
     gradient_dtype: Literal["compute", "fp32"] = "compute"
     """Type in which gradients are accumulated and reduced: that of the compute copy, or fp32."""
-    activation_checkpointing: Literal["none", "full"] | Positive = "none"
-    """Blocks whose activations are recomputed: none, all (``full``), or every n-th block (a number)."""
+    activation_checkpointing: Literal["auto", "none", "full"] | Positive = "auto"
+    """Blocks whose activations are recomputed: none, all (``full``), or every n-th block (a number); ``auto``: as few
+    as fit."""
     compile: bool = False
     """``torch.compile`` each block."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
@@ -185,8 +190,8 @@ class Config(Section):
 
 def _check_offload(config: Config) -> None:
     """The offload that a strategy has; the nearest legal choice is named."""
-    strategy = config.strategy
-    if strategy in ("single", "ddp") and config.offload != "none":
+    strategy, given = config.strategy, ("cpu", "nvme")
+    if strategy in ("single", "ddp") and config.offload in given:
         raise ValueError(
             f"strategy {strategy} with offload {config.offload}: only ZeRO moves optimizer states off the GPU; "
             f"use strategy zero2 (it also runs on one GPU) or offload none"
@@ -196,12 +201,12 @@ def _check_offload(config: Config) -> None:
             f"strategy {strategy} with offload nvme: DeepSpeed swaps to NVMe under ZeRO-3 only (under ZeRO-1 and 2 "
             f"the setting silently does nothing); use strategy zero3, or offload cpu"
         )
-    if config.offload_parameters != "none" and strategy != "zero3":
+    if config.offload_parameters in given and strategy != "zero3":
         raise ValueError(
             f"strategy {strategy} with offload_parameters {config.offload_parameters}: only ZeRO-3 partitions "
             f"parameters; use strategy zero3, or offload_parameters none"
         )
-    if config.offload_parameters != "none" and config.offload == "none":
+    if config.offload_parameters in given and config.offload == "none":
         raise ValueError(
             f"offload_parameters {config.offload_parameters} with offload none: parameters leave the GPU only after "
             f"the optimizer states have; set offload {config.offload_parameters} too"

@@ -149,9 +149,7 @@ class GPT2Spec:
         return len(config.parameter_shapes()[name]) >= 2
 
     def flops_per_token(self, config: GPT2Config) -> int:
-        """6 per parameter that multiplies (positions do not) + 12 L C T for attention (PaLM paper, appendix B)."""
-        multiplying = config.parameter_count() - config.block_size * config.n_embd
-        return 6 * multiplying + 12 * config.n_layer * config.n_embd * config.block_size
+        return config.flops_per_token()
 
 
 SPEC = GPT2Spec()

@@ -1,64 +1,64 @@
-"""From wishes and hardware to a plan: the least sharding that fits. Pure."""
+"""From wishes and hardware to a plan: what serves the goal best of all that fits. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from ..config.schema import Config, Offload, Precision, Strategy
+from ..config.schema import Config, Goal, Precision
 from ..errors import ConfigError, DoesNotFit, MissingDependency
 from .batch import BatchSplit, possible_splits
-from .hardware import GIB, Hardware
-from .memory import peak_items, state_bytes
-from .plan import OptimizerPlan, Plan, ZeroPlan
+from .calibration import Rates, constants, rates
+from .candidates import LADDER, SAFE_SHARE_DISK, Builder, Candidate, Rung, checkpointing_of, describe
+from .hardware import Hardware
+from .plan import Plan
+from .remedies import remedies
+from .search import search
+from .sizes import format_bytes, format_seconds
 
-#: Share of the free memory that a candidate may use; the rest covers fragmentation and the coarse estimate.
-SAFE_SHARE = 0.9
-#: Least sharding first: each next one communicates more or moves more over PCIe.
-LADDER: tuple[tuple[Strategy, Offload, Offload], ...] = (
-    ("single", "none", "none"),
-    ("ddp", "none", "none"),
-    ("zero1", "none", "none"),
-    ("zero2", "none", "none"),
-    ("zero3", "none", "none"),
-    ("zero2", "cpu", "none"),
-    ("zero3", "cpu", "cpu"),
-)
+#: Predicted speeds closer than this are the same; then the least sharding wins.
+SAME_SPEED = 0.03
+#: How much of the speed ``goal: balanced`` gives for less memory.
+BALANCED_SHARE = 0.10
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run, and whether it fits."""
-
-    plan: Plan
-    items: dict[str, int]
-    """Bytes at the peak on one rank, by item."""
-    limit_bytes: int
-    """What one rank may use."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """Bytes at the peak on one rank."""
-        return sum(self.items.values())
-
-    @property
-    def fits(self) -> bool:
-        """True when the peak stays below the limit."""
-        return self.peak_bytes <= self.limit_bytes
+GOALS: tuple[Goal, ...] = ("speed", "memory", "balanced", "largest-batch")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan, and what else was considered (one candidate a strategy)."""
+    """What was considered, and what was chosen of it."""
 
-    plan: Plan
+    hardware: Hardware
+    rates: Rates | None
+    goal: Goal
     candidates: tuple[Candidate, ...]
+    """Of each strategy with its offload: the fastest that fits, and other ends of it; or its nearest miss."""
+    chosen: Candidate | None
+    """None when nothing that was asked for fits."""
     warnings: tuple[str, ...]
+
+    @property
+    def plan(self) -> Plan:
+        """The chosen plan.
+
+        Raises:
+            DoesNotFit: there is none.
+        """
+        if self.chosen is None:
+            raise DoesNotFit(nothing_fits(self.candidates))
+        return self.chosen.plan
 
     @property
     def split(self) -> BatchSplit:
         """How the plan spreads its batch."""
-        return BatchSplit(self.plan.micro_batch, self.plan.accumulation_steps, self.plan.world_size)
+        plan = self.plan
+        return BatchSplit(plan.micro_batch, plan.accumulation_steps, plan.world_size)
+
+    @property
+    def rows(self) -> tuple[Candidate, ...]:
+        """One candidate a strategy, and the chosen one where that is another."""
+        return tuple(c for c in self.candidates if c.variant == "fastest" or c is self.chosen)
 
 
 def choose(config: Config, hardware: Hardware) -> Choice:
@@ -69,42 +69,63 @@ def choose(config: Config, hardware: Hardware) -> Choice:
         MissingDependency: a ZeRO strategy was asked for and DeepSpeed is not installed.
         DoesNotFit: ``strategy: auto`` and nothing fits.
     """
+    choice = survey(config, hardware)
+    chosen = choice.chosen
+    if chosen is not None:
+        return choice
+    if config.strategy == "auto":
+        raise DoesNotFit(nothing_fits(choice.candidates))
+    nearest = _nearest_miss([candidate for candidate in choice.candidates if candidate.asked])
+    warning = (
+        f"{describe(nearest.plan)} may not fit: it {nearest.verdict} ({nearest.memory.basis}); it is tried because it "
+        f"was asked for. {_first_remedy(nearest)}"
+    )
+    tried = _explained(nearest, f"{describe(nearest.plan)} was asked for; it {nearest.verdict}.")
+    candidates = tuple(tried if candidate is nearest else candidate for candidate in choice.candidates)
+    return replace(choice, candidates=candidates, chosen=tried, warnings=(*choice.warnings, warning))
+
+
+def survey(config: Config, hardware: Hardware, *, everything: bool = False) -> Choice:
+    """The same, without refusing when nothing fits: then there are remedies and no choice.
+
+    Strategies that were not asked for are looked at too, for comparison, where their batch can be split at all. Of each
+    strategy the fastest is looked for and what serves the configuration's goal, or with `everything` every goal.
+    """
     device = _device(config, hardware)
     world_size = _world_size(config, hardware, device)
     precision, warnings = _precision(config, hardware, device)
-    splits = possible_splits(config, world_size)
-    limit = _limit_bytes(hardware, device, world_size)
+    found = rates(hardware, precision) if device == "cuda" else None
+    builder = Builder(config, hardware, device, precision, found, constants(hardware))
+    asked = _asked(config, hardware, world_size)
     candidates: list[Candidate] = []
-    for strategy, offload, offload_parameters in _allowed(config, hardware, world_size):
-        options = (
-            _candidate(config, split, device, precision, strategy, offload, offload_parameters, limit)
-            for split in splits
-        )
-        best = _first_that_fits(options)
-        candidates.append(best)
-    fitting = [c for c in candidates if c.fits]
-    if not fitting and config.strategy == "auto":
-        raise DoesNotFit(_nothing_fits(candidates, limit))
-    chosen = (fitting or candidates)[0]
-    if not fitting:
-        warnings.append(
-            f"{describe(chosen.plan)} may not fit: about {format_bytes(chosen.peak_bytes)} at the peak against "
-            f"{format_bytes(limit)} that one rank may use (a coarse estimate); it is tried because it was asked for."
-        )
-    if config.compile and not chosen.plan.compile:
-        warnings.append("compile is off: under ZeRO-3 it gives wrong gradients on GPUs (docs/experiments.md).")
-    plan = chosen.plan.model_copy(update={"reason": _reason(config, chosen, candidates)})
-    return Choice(plan, tuple(candidates), tuple(warnings))
+    for rung in _considered(config, hardware, world_size, asked):
+        wanted = rung in asked
+        ranks = 1 if rung.strategy == "single" else world_size
+        if not wanted and not _splittable(config, ranks):
+            continue
+        ends = search(builder, rung, possible_splits(config, ranks), GOALS if everything else (config.goal,))
+        candidates += [_with_remedies(builder, replace(candidate, asked=wanted)) for candidate in ends]
+    chosen = _best([c for c in candidates if c.asked and c.fits], config.goal)
+    if chosen is not None:
+        explained = _explained(chosen, _reason(config, chosen, candidates))
+        candidates = [explained if candidate is chosen else candidate for candidate in candidates]
+        chosen = explained
+        warnings += _warnings(config, hardware, chosen)
+    return Choice(hardware, found, config.goal, tuple(candidates), chosen, tuple(warnings))
 
 
-def _first_that_fits(options: Iterator[Candidate]) -> Candidate:
-    """The first option (largest micro-batch) that fits, else the last (smallest)."""
-    option = next(options)
-    for following in options:
-        if option.fits:
-            break
-        option = following
-    return option
+def _with_remedies(builder: Builder, candidate: Candidate) -> Candidate:
+    return (
+        candidate
+        if candidate.fits or not candidate.asked
+        else replace(candidate, remedies=remedies(builder, candidate))
+    )
+
+
+def _explained(candidate: Candidate, reason: str) -> Candidate:
+    """The candidate whose plan says why it was chosen and what is expected of it."""
+    plan = candidate.plan.model_copy(update={"reason": reason, "prediction": candidate.prediction})
+    return replace(candidate, plan=plan)
 
 
 def _device(config: Config, hardware: Hardware) -> str:
@@ -118,6 +139,7 @@ def _device(config: Config, hardware: Hardware) -> str:
 
 
 def _world_size(config: Config, hardware: Hardware, device: str) -> int:
+    """Ranks on all nodes; ``num_gpus`` counts those of one."""
     wanted = config.num_gpus or (1 if config.strategy == "single" else max(len(hardware.gpus), 1))
     wanted = (config.num_gpus or 1) if device == "cpu" else wanted
     if device == "cuda" and wanted > len(hardware.gpus):
@@ -125,13 +147,19 @@ def _world_size(config: Config, hardware: Hardware, device: str) -> int:
             f"{wanted} processes on {len(hardware.gpus)} visible GPUs: each process needs a GPU of its own. Use "
             f"num_gpus {len(hardware.gpus)}, or device cpu for a slow trial without GPUs."
         )
+    nodes = hardware.nodes if config.strategy != "single" else 1
     if config.strategy == "single" and wanted > 1:
         raise ConfigError(
             f"strategy single with num_gpus {wanted}: single is one process. Use strategy ddp, or num_gpus 1."
         )
     if config.compile and hardware.system == "Windows":
         raise ConfigError("compile true: torch.compile needs Triton, which Windows lacks here. Use compile false.")
-    return wanted
+    if config.compile and device == "cuda" and any(gpu.capability < (7, 0) for gpu in hardware.gpus):
+        raise ConfigError(
+            f"compile true on {hardware.gpus[0].name}: torch.compile's Triton needs compute capability 7.0, and this "
+            f"GPU has {'.'.join(map(str, hardware.gpus[0].capability))}. Use compile false."
+        )
+    return nodes * wanted
 
 
 def _precision(config: Config, hardware: Hardware, device: str) -> tuple[Precision, list[str]]:
@@ -147,35 +175,52 @@ def _precision(config: Config, hardware: Hardware, device: str) -> tuple[Precisi
     return config.precision, ["fp16 on a CPU is emulated and slow; it is for trying things out."] if slow else []
 
 
-def _limit_bytes(hardware: Hardware, device: str, world_size: int) -> int:
-    if device == "cuda":
-        return int(SAFE_SHARE * min(gpu.free_bytes for gpu in hardware.gpus))
-    return int(SAFE_SHARE * hardware.host_memory_bytes / world_size)
-
-
-def _allowed(config: Config, hardware: Hardware, world_size: int) -> list[tuple[Strategy, Offload, Offload]]:
-    """The rungs of the ladder that the configuration and the machine leave open."""
-    if config.strategy != "auto":
-        if config.strategy.startswith("zero"):
-            _require_deepspeed(config, hardware)
-        return [(config.strategy, config.offload, config.offload_parameters)]
-    rungs = [rung for rung in LADDER if _possible(rung[0], world_size, hardware)]
-    if config.offload != "none":
-        rungs = [rung for rung in rungs if rung[1] == config.offload]
-        if not rungs:
-            _require_deepspeed(config, hardware)
-            raise ConfigError(
-                f"strategy auto with offload {config.offload}: only ZeRO-3 swaps to NVMe. Use strategy zero3."
-            )
+def _asked(config: Config, hardware: Hardware, world_size: int) -> list[Rung]:
+    """What the configuration and the machine leave open, least sharding first."""
+    rungs = [rung for rung in LADDER if _within_wishes(config, rung)]
+    if config.strategy == "auto":
+        rungs = [rung for rung in rungs if _possible(rung, world_size, hardware)]
+    elif config.strategy.startswith("zero"):
+        _require_deepspeed(config, hardware)
+    has_nvme = config.nvme_path is not None or hardware.nvme_free_bytes is not None
+    rungs = [rung for rung in rungs if has_nvme or rung.offload != "nvme"]
+    if not rungs:
+        _require_deepspeed(config, hardware)
+        raise ConfigError(
+            f"strategy {config.strategy} with offload {config.offload} and offload_parameters "
+            f"{config.offload_parameters}: no strategy has that. Only ZeRO-3 swaps to NVMe and offloads parameters."
+        )
     return rungs
 
 
-def _possible(strategy: Strategy, world_size: int, hardware: Hardware) -> bool:
-    if strategy == "single":
+def _within_wishes(config: Config, rung: Rung) -> bool:
+    return (
+        config.strategy in ("auto", rung.strategy)
+        and config.offload in ("auto", rung.offload)
+        and config.offload_parameters in ("auto", rung.offload_parameters)
+    )
+
+
+def _considered(config: Config, hardware: Hardware, world_size: int, asked: Sequence[Rung]) -> list[Rung]:
+    """The rungs asked for, and every other that this machine can run, for comparison; NVMe only where there is some."""
+    has_nvme = config.nvme_path is not None or hardware.nvme_free_bytes is not None
+    shown = [r for r in LADDER if r.strategy == "single" or _possible(r, world_size, hardware)]
+    return [rung for rung in LADDER if rung in asked or (rung in shown and (has_nvme or rung.offload != "nvme"))]
+
+
+def _possible(rung: Rung, world_size: int, hardware: Hardware) -> bool:
+    if rung.strategy == "single":
         return world_size == 1
-    if strategy == "ddp":
+    if rung.strategy == "ddp":
         return world_size > 1
     return hardware.has_deepspeed and hardware.system == "Linux"
+
+
+def _splittable(config: Config, ranks: int) -> bool:
+    try:
+        return bool(possible_splits(config, ranks))
+    except ConfigError:
+        return False
 
 
 def _require_deepspeed(config: Config, hardware: Hardware) -> None:
@@ -191,88 +236,118 @@ def _require_deepspeed(config: Config, hardware: Hardware) -> None:
         )
 
 
-def _candidate(
-    config: Config,
-    split: BatchSplit,
-    device: str,
-    precision: Precision,
-    strategy: Strategy,
-    offload: Offload,
-    offload_parameters: Offload,
-    limit_bytes: int,
-) -> Candidate:
-    plan = Plan.model_validate(
-        {
-            "model": config.model,
-            "parameters": config.model.parameter_count(),
-            "strategy": strategy,
-            "offload": offload,
-            "offload_parameters": offload_parameters,
-            "nvme_path": config.nvme_path,
-            "device": device,
-            "world_size": split.world_size,
-            "micro_batch": split.micro_batch,
-            "accumulation_steps": split.accumulation_steps,
-            "precision": precision,
-            "gradient_dtype": config.gradient_dtype,
-            "activation_checkpointing_every": {"none": 0, "full": 1}.get(
-                str(config.activation_checkpointing), config.activation_checkpointing
-            ),
-            "compile": config.compile and strategy != "zero3",  # see Config: wrong gradients
-            "compile_mode": config.compile_mode,
-            "deterministic": config.deterministic,
-            "seed": config.seed,
-            "optimizer": _optimizer(config),
-            "loss_scale": config.loss_scale,
-            "zero": _zero(config, device),
-            "collective_timeout_seconds": config.collective_timeout_seconds,
-        }
-    )
-    plan = plan.model_copy(update={"state_bytes": state_bytes(plan)})
-    return Candidate(plan, peak_items(plan), limit_bytes)
+def _best(fitting: Sequence[Candidate], goal: Goal) -> Candidate | None:
+    """What serves the goal best; of equals the one that shards least. What must be squeezed in is the last resort."""
+    if not fitting:
+        return None
+    fitting = [candidate for candidate in fitting if not candidate.squeezed] or fitting
+    if goal == "memory":
+        return min(fitting, key=lambda c: (c.peak_bytes, *_slowness(c)))
+    if goal == "largest-batch":
+        return min(fitting, key=lambda c: (-c.plan.micro_batch, *_slowness(c)))
+    fastest = min(fitting, key=_slowness)
+    slack = BALANCED_SHARE if goal == "balanced" else SAME_SPEED
+    near = [candidate for candidate in fitting if _speed(candidate) >= (1 - slack) * _speed(fastest)]
+    if goal == "balanced":
+        return min(near, key=lambda c: (c.peak_bytes, *_slowness(c)))
+    return min(near, key=lambda c: (_sharding(c), *_slowness(c)))
 
 
-def _optimizer(config: Config) -> OptimizerPlan:
-    names = set(OptimizerPlan.model_fields)
-    return OptimizerPlan(**{k: v for k, v in config.optimizer.model_dump().items() if k in names})
+def _speed(candidate: Candidate) -> float:
+    """Tokens a second; without a prediction all are the same."""
+    return candidate.step.tokens_per_second if candidate.step else 1.0
 
 
-def _zero(config: Config, device: str) -> ZeroPlan:
-    wishes = {name: value for name, value in config.zero.model_dump().items() if value is not None}
-    # Page-locking needs a driver to lock for.
-    return ZeroPlan(**{"pin_memory": device == "cuda", **wishes})
+def _slowness(candidate: Candidate) -> tuple[float, int, float, int]:
+    """A sorting key: predicted time; without one, sharding, recomputation, then the largest micro-batch."""
+    plan = candidate.plan
+    every = plan.activation_checkpointing_every
+    return (1 / _speed(candidate), _sharding(candidate), 1 / every if every else 0.0, -plan.micro_batch)
 
 
-def _reason(config: Config, chosen: Candidate, candidates: list[Candidate]) -> str:
+def _sharding(candidate: Candidate) -> int:
+    plan = candidate.plan
+    return LADDER.index(Rung(plan.strategy, plan.offload, plan.offload_parameters))
+
+
+def _nearest_miss(candidates: Sequence[Candidate]) -> Candidate:
+    return min(candidates, key=_shortfall)
+
+
+def _reason(config: Config, chosen: Candidate, candidates: Sequence[Candidate]) -> str:
+    """Two sentences with numbers: what was chosen and how it fits, and why not the next."""
     name, peak, limit = describe(chosen.plan), format_bytes(chosen.peak_bytes), format_bytes(chosen.limit_bytes)
     if config.strategy != "auto":
-        return f"{name} was asked for; it needs about {peak} of the {limit} that one rank may use."
-    passed = [c for c in candidates[: candidates.index(chosen)] if not c.fits]
-    if not passed:
-        return f"{name}: the least sharding fits, with about {peak} of the {limit} that one rank may use."
-    before = passed[-1]
+        return f"{name} was asked for. It needs about {peak} of the {limit} that one rank may use{_pace(chosen)}."
+    words = {
+        "speed": "the fastest that fits" if chosen.step else "the least sharding that fits",
+        "memory": "what needs the least GPU memory",
+        "balanced": "the least memory within a tenth of the fastest",
+        "largest-batch": "the largest micro-batch that fits",
+    }
+    first = f"{name} is {words[config.goal]}: about {peak} of the {limit} that one rank may use{_pace(chosen)}."
+    return f"{first} {_why_not(chosen, candidates)}".rstrip()
+
+
+def _pace(candidate: Candidate) -> str:
+    if candidate.step is None:
+        return ""
+    return f", {format_seconds(candidate.step.step_seconds)} a step, {candidate.step.tokens_per_second:,.0f} tokens/s"
+
+
+def _why_not(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
+    """The nearest alternative: what shards less and does not fit, else the next fastest."""
+    rivals = [c for c in candidates if c.asked and c.variant == "fastest" and describe(c.plan) != describe(chosen.plan)]
+    missed = [c for c in rivals if not c.fits and _sharding(c) < _sharding(chosen)]
+    if missed:
+        nearest = _nearest_miss(missed)
+        return f"{describe(nearest.plan)} {nearest.verdict}, even at micro-batch {nearest.plan.micro_batch}."
+    others = [c for c in rivals if c.fits and c.step is not None]
+    if not others:
+        return ""
+    following = min(others, key=_slowness)
+    share = _speed(following) / _speed(chosen) - 1
+    return f"Next comes {describe(following.plan)} with {share:+.0%} tokens/s at {format_bytes(following.peak_bytes)}."
+
+
+def _warnings(config: Config, hardware: Hardware, chosen: Candidate) -> list[str]:
+    """What a person should know although it can run."""
+    found = []
+    if config.compile and not chosen.plan.compile:
+        found.append("compile is off: under ZeRO-3 it gives wrong gradients on GPUs (docs/experiments.md).")
+    free = hardware.disk_free_bytes
+    if free is not None and not hardware.described and chosen.disk_bytes > SAFE_SHARE_DISK * free:
+        found.append(
+            f"checkpoints may fill the disk: {format_bytes(chosen.checkpoint_bytes)} each, "
+            f"{format_bytes(chosen.disk_bytes)} kept at once, {format_bytes(free)} free. Lower "
+            f"keep_checkpoints, or set save_interval never."
+        )
+    if chosen.plan.device == "cuda" and hardware.gpus[0].capability < (7, 5):
+        found.append(f"{hardware.gpus[0].name} {hardware.gpus[0].software}.")
+    return found
+
+
+def _first_remedy(candidate: Candidate) -> str:
+    return f"It {candidate.remedies[0]}." if candidate.remedies else ""
+
+
+def nothing_fits(candidates: Sequence[Candidate]) -> str:
+    """Why nothing that was asked for fits, and the cheapest ways out, one paragraph."""
+    asked = [candidate for candidate in candidates if candidate.asked]
+    nearest = _nearest_miss(asked)
+    needs = "; ".join(f"{describe(c.plan)} {c.verdict}" for c in asked)
+    recomputed = checkpointing_of(nearest.plan)
+    ways = [
+        f"{describe(c.plan)} {', or '.join(c.remedies[:2])}" for c in sorted(asked, key=_shortfall)[:3] if c.remedies
+    ]
+    others = [c for c in candidates if not c.asked and c.fits]
+    ways += [f"strategy {c.plan.strategy}, offload {c.plan.offload} fits as it is" for c in others[:1]]
     return (
-        f"{name} is the least sharding that fits: about {peak} of {limit}; {describe(before.plan)} would need about "
-        f"{format_bytes(before.peak_bytes)} even at micro-batch {before.plan.micro_batch}."
+        f"No strategy fits (each at its smallest: the nearest is {describe(nearest.plan)} at micro-batch "
+        f"{nearest.plan.micro_batch}, activation checkpointing {recomputed}): {needs}. Ways to make it fit: "
+        f"{'; '.join(ways)}; or a shorter model.block_size, or a smaller model."
     )
 
 
-def _nothing_fits(candidates: list[Candidate], limit_bytes: int) -> str:
-    least = min(candidates, key=lambda c: c.peak_bytes)
-    needs = "; ".join(f"{describe(c.plan)} {format_bytes(c.peak_bytes)}" for c in candidates)
-    cheaper = "" if least.plan.activation_checkpointing_every == 1 else "activation_checkpointing full, "
-    return (
-        f"No strategy fits: one rank may use {format_bytes(limit_bytes)}, and the estimated peaks are: {needs} (each "
-        f"at its smallest micro-batch). The nearest is {describe(least.plan)}. Try {cheaper}a shorter block_size, "
-        f"more GPUs, or a smaller model."
-    )
-
-
-def describe(plan: Plan) -> str:
-    names = {"single": "single", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
-    offload = {"none": "", "cpu": " + CPU offload", "nvme": " + NVMe offload"}[plan.offload]
-    return names[plan.strategy] + offload
-
-
-def format_bytes(size_bytes: float) -> str:
-    return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= GIB else f"{size_bytes / 1024**2:.1f} MiB"
+def _shortfall(candidate: Candidate) -> float:
+    return max(need.needed_bytes / max(need.limit_bytes, 1) for need in candidate.needs)

@@ -1,79 +1,292 @@
-"""The plan as people read it."""
+"""The plan as people and programs read it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..config.schema import Config
-from .choose import Choice, describe, format_bytes
+from .candidates import Candidate, checkpointing_of, describe
+from .choose import Choice
+from .hardware import Hardware
+from .sizes import format_bytes, format_seconds
+from .speed import FORMULAS
+
+#: Columns that say something on GPUs only, and those that a terminal narrower than `WIDE` has no room for.
+GPU_COLUMNS = ("host", "step", "tokens/s", "MFU")
+WIDE, WIDE_COLUMNS, WIDE_GPU_COLUMNS = (
+    120,
+    ("recompute",),
+    ("recompute", "states", "activations", "host", "tokens/s", "MFU"),
+)
+BAR_WIDTH = 40
+#: Items of the memory bar, by the letter that fills it.
+_BAR = (
+    ("p", "parameters", ("parameters", "gathered")),
+    ("o", "optimizer states", ("master", "moments")),
+    ("g", "gradients and buckets", ("gradients", "buckets")),
+    ("a", "activations and logits", ("activations", "logits")),
+    ("c", "context and NCCL", ("context",)),
+)
 
 
-def print_choice(console: Console, config: Config, choice: Choice) -> None:
-    """The table of candidates, the choice and its reason, the batch equation, warnings."""
-    plan = choice.plan
-    console.print(
-        f"Plan for {plan.model.kind} with {plan.parameters:,} parameters, {plan.precision}, on {plan.world_size} x "
-        f"{'GPU' if plan.device == 'cuda' else 'CPU process'}:",
-        highlight=False,
-    )
-    console.print(candidate_table(choice))
-    console.print(plan.reason, highlight=False, soft_wrap=True)
-    console.print(
-        f"Batch: {choice.split.equation()}; {plan.global_batch * plan.model.block_size:,} tokens a step, "
-        f"{config.max_steps:,} steps.",
-        highlight=False,
-        soft_wrap=True,
-    )
+def print_choice(console: Console, config: Config, choice: Choice, *, everything: bool = False) -> None:
+    """The table of candidates, memory bars, the choice and its reason, the batch equation, warnings.
+
+    Args:
+        console: where to.
+        config: for the number of steps.
+        choice: what to show; without a chosen candidate the remedies are shown.
+        everything: all candidates, not one a strategy.
+    """
+    print_heading(console, choice)
+    shown = choice.candidates if everything else choice.rows
+    console.print(candidate_table(choice, shown, wide=console.width >= WIDE))
+    if choice.candidates[0].plan.device == "cuda":
+        console.print(memory_bars(choice, shown))
+    for candidate in shown:
+        if not candidate.fits and candidate.remedies:
+            _say(console, f"{describe(candidate.plan)} {candidate.verdict}: {'; '.join(candidate.remedies)}.")
+    if choice.chosen is not None:
+        _print_chosen(console, config, choice, choice.chosen)
     for warning in choice.warnings:
-        console.print(f"Warning: {warning}", style="yellow", highlight=False)
+        console.print(f"Warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
 
 
-def candidate_table(choice: Choice) -> Table:
-    """One row a strategy: the peak, its largest parts, and whether it fits."""
-    limit = format_bytes(choice.candidates[0].limit_bytes)
+def print_heading(console: Console, choice: Choice) -> None:
+    """Model, precision, machine, and where the rates come from."""
+    plan = max(choice.candidates, key=lambda candidate: candidate.plan.world_size).plan
+    _say(
+        console,
+        f"Plan for {plan.model.kind} with {plan.parameters:,} parameters, {plan.precision}, on "
+        f"{describe_hardware(choice.hardware, plan.world_size, plan.device)}:",
+    )
+    if choice.rates is not None:
+        _say(console, f"Speeds from {choice.rates.source}; expect them within {choice.rates.error:.0%}.")
+    elif plan.device == "cuda":
+        _say(console, "Speeds are not predicted: this GPU's rates are not known (`zerofit plan --calibrate`).")
+
+
+def describe_hardware(hardware: Hardware, ranks: int, device: str) -> str:
+    """The machine in words."""
+    if device == "cpu":
+        return f"{ranks} x CPU process"
+    gpu = hardware.gpus[0]
+    nodes = f" on {hardware.nodes} nodes" if hardware.nodes > 1 else ""
+    linked = f", {'NVLink' if hardware.link == 'nvlink' else 'PCIe'}" if len(hardware.gpus) > 1 else ""
+    network = hardware.network_bytes_per_second
+    between = f", {network * 8 / 1e9:.0f} Gbit/s between nodes" if network else ""
+    return f"{ranks} x {gpu.name} ({format_bytes(gpu.memory_bytes)}){nodes}{linked}{between}"
+
+
+def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Candidate) -> None:
+    plan = chosen.plan
+    _say(console, plan.reason)
+    run = f", about {format_seconds(config.max_steps * chosen.step.step_seconds)}" if chosen.step else ""
+    _say(
+        console,
+        f"Batch: {choice.split.equation()}; {plan.global_batch * plan.model.block_size:,} tokens a step, "
+        f"{config.max_steps:,} steps{run}.",
+    )
+    if chosen.disk_bytes:
+        _say(
+            console,
+            f"Checkpoints: {format_bytes(chosen.checkpoint_bytes)} each, up to {format_bytes(chosen.disk_bytes)} on "
+            f"disk.",
+        )
+
+
+def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool) -> Table:
+    """One row a candidate: batch, recomputation, the peak and its largest parts, host, speed, and whether it fits.
+
+    On a narrow terminal the columns that the memory bars show too are left out.
+    """
+    on_gpu = choice.candidates[0].plan.device == "cuda"
+    first = choice.candidates[0].needs[0]
     table = Table(
-        caption=f"Estimated bytes of one rank at its peak; it may use {limit}.",
+        caption=f"Estimated bytes of one rank at its peak; it may use {format_bytes(first.limit_bytes)} "
+        f"({first.share:.0%} of what is free). In brackets: not asked for, shown for comparison.",
         header_style="bold",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("strategy", no_wrap=True)
-    for name in ("batch", "states", "activations", "peak"):
+    names = [name for name in _columns(choice.candidates[0]) if on_gpu or name not in GPU_COLUMNS]
+    names = [name for name in names if wide or name not in (WIDE_GPU_COLUMNS if on_gpu else WIDE_COLUMNS)]
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("fits")
-    for candidate in choice.candidates:
-        items = candidate.items
-        states = sum(size for name, size in items.items() if name in candidate.plan.state_bytes or name == "gradients")
-        activations = items["activations"] + items["logits"]
-        chosen = candidate.plan.strategy == choice.plan.strategy and candidate.plan.offload == choice.plan.offload
+    table.add_column("fits", no_wrap=True)
+    for candidate in shown:
+        chosen, fits = (
+            candidate is choice.chosen,
+            "no" if not candidate.fits else "tight" if candidate.squeezed else "yes",
+        )
+        columns = _columns(candidate)
         table.add_row(
             ("> " if chosen else "  ") + describe(candidate.plan),
-            str(candidate.plan.micro_batch),
-            *(format_bytes(size) for size in (states, activations, candidate.peak_bytes)),
-            "yes" if candidate.fits else "no",
-            style="bold" if chosen else None,
+            *(columns[name] for name in names),
+            fits if candidate.asked else f"({fits})",
+            style="bold" if chosen else None if candidate.asked else "dim",
         )
     return table
 
 
-def choice_json(choice: Choice) -> dict[str, object]:
-    """The same for programs; sizes in bytes."""
+def _columns(candidate: Candidate) -> dict[str, str]:
+    """What the table says of a candidate, by column."""
+    states, activations, peak = (format_bytes(size) for size in _large_parts(candidate))
+    step = candidate.step
     return {
-        "model": {"kind": choice.plan.model.kind, "parameters": choice.plan.parameters},
-        "candidates": [
-            {
-                "strategy": candidate.plan.strategy,
-                "offload": candidate.plan.offload,
-                "micro_batch": candidate.plan.micro_batch,
-                "accumulation_steps": candidate.plan.accumulation_steps,
-                "fits": candidate.fits,
-                "peak_bytes": candidate.peak_bytes,
-                "limit_bytes": candidate.limit_bytes,
-                "items": candidate.items,
-            }
-            for candidate in choice.candidates
-        ],
-        "chosen": choice.plan.model_dump(mode="json"),
+        "batch": _batch(candidate),
+        "recompute": _recompute(candidate),
+        "states": states,
+        "activations": activations,
+        "peak": peak,
+        "host": format_bytes(candidate.host_peak_bytes),
+        "step": format_seconds(step.step_seconds) if step else "-",
+        "tokens/s": f"{step.tokens_per_second:,.0f}" if step else "-",
+        "MFU": f"{step.mfu:.0%}" if step else "-",
+    }
+
+
+def _batch(candidate: Candidate) -> str:
+    steps = candidate.plan.accumulation_steps
+    return f"{candidate.plan.micro_batch} x {steps}" if steps > 1 else str(candidate.plan.micro_batch)
+
+
+def _recompute(candidate: Candidate) -> str:
+    every = candidate.plan.activation_checkpointing_every
+    return {0: "none", 1: "all"}.get(every, f"1 in {every}")
+
+
+def _large_parts(candidate: Candidate) -> tuple[int, int, int]:
+    """Model states, activations with logits, and the peak."""
+    items = candidate.items
+    states = sum(size for name, size in items.items() if name in candidate.plan.state_bytes or name == "gradients")
+    return states, sum(items.get(name, 0) for name in ("activations", "logits")), candidate.peak_bytes
+
+
+def memory_bars(choice: Choice, shown: tuple[Candidate, ...]) -> Text:
+    """A bar per candidate: what fills one GPU, and the mark of what may be used."""
+    widest = max(*(c.peak_bytes for c in shown), choice.candidates[0].limit_bytes)
+    text = Text()
+    for candidate in shown:
+        text.append(f"  {describe(candidate.plan):34s} ")
+        text.append(memory_bar(candidate, widest), style="green" if candidate.fits else "red")
+        text.append("\n")
+    legend = ", ".join(f"{letter} {name}" for letter, name, _ in _BAR)
+    return text.append(f"  {legend}, . the rest; | what one rank may use", style="dim")
+
+
+def memory_bar(candidate: Candidate, widest_bytes: int) -> str:
+    """The items as letters in proportion, `BAR_WIDTH` characters for `widest_bytes`."""
+    items, bar, seen = candidate.items, "", 0
+    for letter, _, names in (*_BAR, (".", "", ())):
+        seen += sum(items.get(name, 0) for name in names) if names else candidate.peak_bytes - seen
+        bar = bar.ljust(round(BAR_WIDTH * seen / widest_bytes), letter)
+    mark = min(round(BAR_WIDTH * candidate.limit_bytes / widest_bytes), BAR_WIDTH)
+    bar = bar.ljust(BAR_WIDTH)
+    return bar[:mark] + "|" + bar[mark:]
+
+
+def print_formulas(console: Console, choice: Choice) -> None:
+    """Every item and part of the chosen candidate (of the nearest, when none fits), its formula and its source."""
+    shown = choice.chosen or choice.candidates[-1]
+    _say(
+        console,
+        f"{describe(shown.plan)}: GPU bytes of one rank at its peak ({shown.memory.peak_phase}), {shown.memory.basis}",
+    )
+    for name, size in sorted(shown.items.items(), key=lambda item: -item[1]):
+        _say(console, f"  {name:16} {format_bytes(size):>12}")
+    for name, size in shown.memory.host_items.items():
+        _say(console, f"  {name:16} {format_bytes(size):>12} (host, one rank)")
+    if shown.step is not None:
+        _say(console, f"One step, {format_seconds(shown.step.step_seconds)}:")
+        for name, seconds in shown.step.parts.items():
+            _say(console, f"  {name:16} {format_seconds(seconds):>12}")
+    _say(console, "Speed, formula by formula (h bytes of the compute type, M tokens of a micro-batch, N ranks):")
+    for name, formula, source in FORMULAS:
+        _say(console, f"  {name}: {formula}. Source: {source}.")
+    _say(
+        console,
+        "Memory: model states 2P + 4P + 8P with half precision (parameters, masters, moments) and gradients 2P; ZeRO-1 "
+        "shards masters and moments over N, ZeRO-2 gradients too, ZeRO-3 parameters too (Rajbhandari et al. 2020); "
+        "buckets, partitions and padding as in DeepSpeed 0.19.8's source; activations from a trace of the model's own "
+        "operations, or from a closed formula where it says coarse. docs/planner.md has every item.",
+    )
+    for gpu in dict.fromkeys(choice.hardware.gpus):
+        _say(console, f"{gpu.name}: compute capability {'.'.join(map(str, gpu.capability))}; {gpu.software}.")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def choice_json(choice: Choice, config: Config) -> dict[str, Any]:
+    """The same for programs; sizes in bytes, times in seconds."""
+    plan = choice.candidates[0].plan
+    chosen = choice.chosen
+    return {
+        "model": {
+            "kind": plan.model.kind,
+            "parameters": plan.parameters,
+            "flops_per_token": plan.model.flops_per_token(),
+        },
+        "hardware": hardware_json(choice),
+        "goal": choice.goal,
+        "candidates": [candidate_json(candidate, config) for candidate in choice.candidates],
+        "chosen": None if chosen is None else {**chosen.plan.model_dump(mode="json"), **candidate_json(chosen, config)},
         "warnings": list(choice.warnings),
+    }
+
+
+def hardware_json(choice: Choice) -> dict[str, Any]:
+    """The machine, what its GPUs run, and the rates that were used."""
+    hardware = choice.hardware
+    rates = None if choice.rates is None else dict(vars(choice.rates))
+    software = {gpu.name: gpu.software for gpu in hardware.gpus}
+    return {**hardware.model_dump(mode="json"), "rates": rates, "software": software}
+
+
+def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
+    """One candidate, flat. Of the GPU: ``peak`` is allocated by PyTorch (the items' sum), ``reserved`` is held by its
+    allocator, ``driver`` is what must stay below ``limit``.
+    """
+    plan, step, memory = candidate.plan, candidate.step, candidate.memory
+    return {
+        "strategy": plan.strategy,
+        "offload": plan.offload,
+        "offload_parameters": plan.offload_parameters,
+        "world_size": plan.world_size,
+        "micro_batch": plan.micro_batch,
+        "accumulation_steps": plan.accumulation_steps,
+        "activation_checkpointing": checkpointing_of(plan),
+        "optimizer_state": "fp32",
+        "precision": plan.precision,
+        "reduce_bucket_elements": plan.zero.reduce_bucket_elements,
+        "fits": candidate.fits,
+        "squeezed": candidate.squeezed,
+        "asked": candidate.asked,
+        "variant": candidate.variant,
+        "gpu_peak_bytes": memory.allocated_bytes,
+        "gpu_reserved_bytes": memory.reserved_bytes,
+        "gpu_driver_bytes": memory.driver_bytes,
+        "gpu_limit_bytes": candidate.limit_bytes,
+        "gpu_items": memory.items,
+        "peak_phase": memory.peak_phase,
+        "memory_basis": memory.basis,
+        "host_peak_bytes": candidate.host_peak_bytes,
+        "host_items": memory.host_items,
+        "nvme_bytes": memory.nvme_bytes,
+        "checkpoint_bytes": candidate.checkpoint_bytes,
+        "disk_bytes": candidate.disk_bytes,
+        "step_seconds": step.step_seconds if step else None,
+        "step_parts": step.parts if step else None,
+        "tokens_per_second": step.tokens_per_second if step else None,
+        "mfu": step.mfu if step else None,
+        "run_seconds": step.step_seconds * config.max_steps if step else None,
+        "reason": candidate.plan.reason or candidate.verdict,
+        "remedies": list(candidate.remedies),
     }

@@ -37,6 +37,25 @@ class ZeroPlan(Section):
     pin_memory: bool = True
 
 
+class Prediction(Section):
+    """What the plan expects of itself; the run's scorecard compares it. None where nothing is predicted."""
+
+    gpu_peak_bytes: int
+    """Allocated by PyTorch on the busiest rank; on a CPU, of the process's tensors."""
+    gpu_reserved_bytes: int
+    gpu_driver_bytes: int
+    """What the driver shows: reserved, context and NCCL."""
+    gpu_items: dict[str, int]
+    """The parts of `gpu_peak_bytes`."""
+    peak_phase: str
+    memory_basis: str
+    host_peak_bytes: int
+    """Of a node."""
+    step_seconds: float | None = None
+    step_parts: dict[str, float] | None = None
+    tokens_per_second: float | None = None
+
+
 class Plan(Section):
     """Everything an engine needs to know, and why it was chosen."""
 
@@ -49,6 +68,8 @@ class Plan(Section):
     nvme_path: Path | None = None
     device: Literal["cuda", "cpu"]
     world_size: int
+    ranks_per_node: int | None = None
+    """Ranks that share a node's memory and buses; None: all of them."""
     micro_batch: int
     accumulation_steps: int
     precision: Precision
@@ -65,6 +86,8 @@ class Plan(Section):
     collective_timeout_seconds: int = 600
     state_bytes: dict[str, int] = Field(default_factory=dict)
     """Predicted bytes of model states of the busiest rank while idle, by item: `planning.memory.state_bytes`."""
+    prediction: Prediction | None = None
+    """None in plans that were not chosen by the planner."""
     reason: str = ""
     """Why this strategy, in a sentence with numbers."""
 

@@ -13,6 +13,7 @@ from ..data.loader import TrainLoader
 from ..engines.base import Engine
 from ..errors import Interrupted, TrainingFailed
 from ..models.base import ModelSpec
+from ..planning.gpus import match_name
 from ..planning.plan import Plan
 from ..types import SAVE, STOP, PendingStep, World
 from .checkpoints import FINAL_PATIENCE_SECONDS, Checkpoints
@@ -20,11 +21,10 @@ from .evaluate import Evaluator
 from .events import EventLog
 from .progress import Display
 from .schedule import learning_rate
+from .scorecard import Scorecard
 from .signals import StopRequest
 from .state import Progress
 
-#: Dense bf16/fp16 peak of known GPUs in FLOP/s (vendors' data sheets), for the MFU figure. Others show none.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "RTX 4090": 165e12, "L4": 121e12, "A10": 125e12}
 #: Steps in a row whose gradient is not finite before training gives up.
 MOST_SKIPS = 20
 
@@ -52,7 +52,8 @@ class Trainer:
         self.stop, self.progress = stop, progress
         self.checkpoints = checkpoints
         self.flops_per_token = spec.flops_per_token(plan.model)
-        self.peak_flops = _peak_flops(world)
+        self.peak_flops = _peak_flops(world, plan)
+        self.scorecard = Scorecard(plan, world)
         self.mark = time.perf_counter()
 
     def train(self) -> None:
@@ -80,6 +81,7 @@ class Trainer:
                     self._interrupt(step + 1)
         self.checkpoints.finish()
         self.events.write("end", step=self.progress.step, **_peaks(self.world))
+        self.scorecard.finish(_peaks(self.world), self.events, self.display)
 
     def _pause_is_due(self, done: int) -> bool:
         return self._evaluation_is_due(done) or self._save_is_due(done) or done == self.config.max_steps
@@ -129,6 +131,7 @@ class Trainer:
             **_peaks(self.world),
         }
         self.events.write("step", **event)
+        self.scorecard.step(seconds)
         self.display.step(step + 1, event)
         self.checkpoints.tell()
         self._watch(step + 1, result.skipped)
@@ -188,8 +191,9 @@ def _host_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _peak_flops(world: World) -> float | None:
+def _peak_flops(world: World, plan: Plan) -> float | None:
+    """The data sheet's dense peak of this rank's GPU, for the MFU figure; None for GPUs in no table."""
     if world.device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(world.device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    kind = match_name(torch.cuda.get_device_name(world.device))
+    return kind.matrix_flops(plan.precision) if kind else None

@@ -127,7 +127,7 @@ def with_vocabulary(resolved: ResolvedConfig) -> ResolvedConfig:
 
 def make_plan(config: Config, console: Console) -> tuple[Choice, Hardware]:
     """Choose for this machine, and print the choice with its warnings."""
-    hardware = probe()
+    hardware = probe(config.runs_dir, config.nvme_path)
     choice = choose(config, hardware)
     print_choice(console, config, choice)
     return choice, hardware

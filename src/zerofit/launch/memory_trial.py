@@ -1,0 +1,72 @@
+"""A few real steps of a plan, to measure what it needs: the program of a trial.
+
+    python -m zerofit.launch.memory_trial PLAN.json
+
+Weights, engine, optimizer and collectives are those of a run; the tokens are random, for memory does not read them.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.model import initial_reader
+from ..data.loader import collate
+from ..engines.build import build
+from ..engines.world import launcher_store, open_world
+from ..models import model_spec
+from ..planning.plan import Plan
+from ..types import Batch, World
+from .trials import write_result
+
+#: Enough for moments, caches and the allocator's second look at every size.
+STEPS = 5
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """One rank."""
+    (path,) = sys.argv[1:] if arguments is None else arguments
+    plan = Plan.model_validate_json(Path(path).read_text(encoding="utf-8"))
+    with ExitStack() as cleanup:
+        world = cleanup.enter_context(open_world(plan, launcher_store()))
+        spec = model_spec(plan.model.kind)
+        engine = build(plan, spec, world)
+        cleanup.callback(engine.close)
+        engine.load(initial_reader(spec, plan.model, plan.seed))
+        window, seconds = random_window(plan, world), []
+        for step in range(STEPS):
+            started = time.perf_counter()
+            engine.train_step(window, 1e-4, step, 0).read()
+            seconds.append(time.perf_counter() - started)
+        write_result({"seconds": seconds, "states": dict(engine.memory()), **measured_bytes(world)})
+
+
+def random_window(plan: Plan, world: World) -> list[Batch]:
+    """The batches of one step, of random tokens."""
+    generator = torch.Generator().manual_seed(plan.seed + world.rank)
+    vocabulary = plan.model.vocab_size or plan.model.padded_vocab_size
+    size = (plan.micro_batch, plan.model.block_size + 1)
+    return [
+        collate(torch.randint(0, vocabulary, size, generator=generator).numpy()) for _ in range(plan.accumulation_steps)
+    ]
+
+
+def measured_bytes(world: World) -> dict[str, int | None]:
+    """Peaks of this rank: PyTorch's allocator, and what the driver shows on the device."""
+    if world.device.type != "cuda":
+        return {"allocated": None, "reserved": None, "driver": None}
+    free, total = torch.cuda.mem_get_info(world.device)
+    return {
+        "allocated": torch.cuda.max_memory_allocated(world.device),
+        "reserved": torch.cuda.max_memory_reserved(world.device),
+        "driver": total - free,
+    }
+
+
+if __name__ == "__main__":
+    main()

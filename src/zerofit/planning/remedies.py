@@ -1,0 +1,86 @@
+"""For a candidate that does not fit: the nearest changes that would make it fit, each tried, not guessed. Pure."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterator
+
+from .batch import BatchSplit
+from .candidates import Builder, Candidate, Rung
+from .plan import Plan, ZeroPlan
+from .sizes import GIB
+
+#: Numbers of GPUs that people have.
+GPU_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512)
+
+
+def remedies(builder: Builder, missed: Candidate) -> tuple[str, ...]:
+    """``fits at micro-batch 2``, ``fits with every block checkpointed``, ``fits on 6 GPUs``, …: nearest first."""
+    found = list(_smaller(builder, missed))
+    found += list(_more_gpus(builder, missed.plan))
+    return (*found, *_more_room(missed))
+
+
+def _fits(builder: Builder, plan: Plan) -> bool:
+    return builder.candidate(plan).fits
+
+
+def _smaller(builder: Builder, missed: Candidate) -> Iterator[str]:
+    """A smaller micro-batch, recomputation, or both: what a fixed wish ruled out."""
+    plan = missed.plan
+    micro = _micro_batch_that_fits(builder, plan, plan.activation_checkpointing_every)
+    if micro:
+        yield f"fits at micro-batch {micro}"
+    if plan.activation_checkpointing_every == 1:
+        return
+    if _fits(builder, plan.model_copy(update={"activation_checkpointing_every": 1})):
+        yield "fits with every block checkpointed"
+    elif not micro:
+        micro = _micro_batch_that_fits(builder, plan, 1)
+        if micro:
+            yield f"fits at micro-batch {micro} with every block checkpointed"
+
+
+def _micro_batch_that_fits(builder: Builder, plan: Plan, every: int) -> int | None:
+    """The largest smaller micro-batch that fits, same batch of the rank; None when not even one sample does."""
+    samples = plan.micro_batch * plan.accumulation_steps
+    changed = [
+        plan.model_copy(
+            update={"micro_batch": m, "accumulation_steps": samples // m, "activation_checkpointing_every": every}
+        )
+        for m in range(1, plan.micro_batch)
+        if samples % m == 0
+    ]
+    # bisect wants the fitting ones last: from the largest micro-batch to the smallest.
+    changed.reverse()
+    index = bisect_left(changed, True, key=lambda smaller: _fits(builder, smaller))
+    return changed[index].micro_batch if index < len(changed) else None
+
+
+def _more_gpus(builder: Builder, plan: Plan) -> Iterator[str]:
+    """The fewest GPUs over which the shards are small enough; nothing for what is not sharded."""
+    if not plan.strategy.startswith("zero") or builder.device != "cuda":
+        return
+    samples = plan.global_batch
+    wider = [_over(builder, plan, n) for n in GPU_COUNTS if n > plan.world_size and samples % n == 0]
+    index = bisect_left(wider, True, key=lambda changed: _fits(builder, changed))
+    if index < len(wider):
+        yield f"fits on {wider[index].world_size} GPUs"
+
+
+def _over(builder: Builder, plan: Plan, ranks: int) -> Plan:
+    """The plan over more ranks, its global batch kept. Further GPUs may be in further nodes, with their own memory."""
+    rung = Rung(plan.strategy, plan.offload, plan.offload_parameters)
+    samples = plan.global_batch // ranks
+    micro = max(m for m in range(1, plan.micro_batch + 1) if samples % m == 0)
+    tight = plan.zero.prefetch_bucket_elements < ZeroPlan().prefetch_bucket_elements
+    changed = builder.plan(rung, BatchSplit(micro, samples // micro, ranks), plan.activation_checkpointing_every, tight)
+    return changed.model_copy(update={"ranks_per_node": min(ranks, plan.ranks_per_node or ranks)})
+
+
+def _more_room(missed: Candidate) -> Iterator[str]:
+    """What the machine would have to have; always true, and last."""
+    for need in missed.needs:
+        if not need.met:
+            yield f"fits with {math.ceil(need.needed_bytes / need.share / GIB)} GiB of {need.what}"

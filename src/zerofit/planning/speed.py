@@ -1,0 +1,222 @@
+"""How long a step takes: pure arithmetic over rates. No torch, no GPU.
+
+P parameters, N ranks, h bytes of the compute type, M tokens of a micro-batch, C width. Each part is FLOPs or bytes
+over a rate; the constants that no data sheet tells were fitted to GPT-2 XL on 1 and 4 H200s (docs/experiments.md has
+the fit and its residuals). `FORMULAS` says all of it in words, for ``zerofit plan --explain``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .calibration import Rates
+from .plan import Plan
+from .work import Work, work_of
+
+#: Share of the large-matrix rate that a Transformer's products reach when width and tokens are large. Fitted.
+PRODUCT_SHARE = 0.88
+#: Width and tokens at which a product reaches half of that, on a GPU of 790 TFLOP/s; smaller GPUs fill up sooner.
+HALF_WIDTH, HALF_TOKENS, REFERENCE_FLOPS = 343.0, 250.0, 790e12
+#: Flash attention's share of the large-matrix rate, and its backward pass against its forward (it recomputes).
+ATTENTION_SHARE, ATTENTION_BACKWARD = 0.40, 2.5
+#: Elementwise traffic against compiled, fused kernels; bytes a logit moves: written, read by the softmax, its
+#: gradient written and read; eager keeps an fp32 copy as well.
+EAGER_TRAFFIC, LOGIT_BYTES = 1.2, {"eager": 34, "compiled": 16}
+#: Bytes the optimizer's step moves a parameter: the fused AdamW over flat fp32 masters reads the gradient, reads and
+#: writes master and moments, writes the compute copy (28) and the gradient's norm and zeroing (6); in full fp32 32.
+#: DeepSpeed's step around the same kernel takes as long as 190 (fitted: 252 against 184 ms on one GPU).
+ADAM_BYTES, ADAM_FP32_BYTES, ZERO_STEP_BYTES = 34, 32, 190
+#: AdamW on the CPU: gradient, master and moments read, master and moments written, in fp32.
+CPU_ADAM_BYTES = 28
+#: Seconds of the launching process: a kernel, a parameter's hook under DDP and under ZeRO-1/2, a module's gathering
+#: and freeing under ZeRO-3, a step's loop and agreement. Fitted to ZeRO-2 at micro-batch 1 and ZeRO-3 at 8, eager.
+KERNEL_SECONDS, DDP_HOOK_SECONDS, ZERO_HOOK_SECONDS, ZERO3_MODULE_SECONDS = 7e-6, 2e-6, 95e-6, 530e-6
+STEP_SECONDS = 1.5e-3
+#: What several ranks lose by waiting for the slowest in each step. Fitted.
+STRAGGLER = 1.02
+#: Share of a collective's time that shows although it overlaps: it takes units and bandwidth from the backward pass.
+#: Fitted at NVLink's rates; over slower links it takes less a second. The rest hides behind this much of backward.
+OVERLAP_COST, SLOW_LINK_OVERLAP_COST, OVERLAP_WINDOW = 0.6, 0.3, 0.9
+#: The same under ZeRO-3, whose gathers block the modules that wait for them. Fitted to a checkpointed 6.9B Mamba on
+#: 4 H200s, 4% slower under ZeRO-3 than under ZeRO-2; over slower links, PCIe's transfers among them, assumed.
+ZERO3_OVERLAP_COST, ZERO3_SLOW_LINK_OVERLAP_COST = 0.95, 0.5
+
+FORMULAS = (
+    ("matrix products", "6 x P_blocks x M + 6 x V x C x M FLOPs over matrix rate x 0.88 x C/(C+c0) x M/(M+m0); c0 = "
+     "343 and m0 = 250 at 790 TFLOP/s, in proportion to the rate below it",
+     "rate: measured or data sheet; 0.88, c0, m0 fitted on H200 (docs/experiments.md)"),
+    ("attention", "2 L C T x M FLOPs forward (causal half), 2.5 times that backward, over 0.40 x matrix rate",
+     "Dao 2023 (FlashAttention-2), section 4.1; 0.40 fitted"),
+    ("elementwise", "18 x C x L x M x h bytes forward, twice that backward (x 1.2 eager), 16 bytes a logit (34 eager), "
+     "over memory bandwidth", "counted in zerofit's GPT-2; bandwidth x 0.875"),
+    ("recomputation", "the forward pass of the checkpointed blocks once more", "Chen et al. 2016"),
+    ("launching", "7 us a kernel; hooks: 2 us a parameter under DDP, 95 us under ZeRO-1/2, 0.53 ms a module and pass "
+     "under ZeRO-3; a micro-step takes the longer of this and the GPU's work", "fitted on H200"),
+    ("communication", "all-reduce 2hP(N-1)/N once a step (DDP, ZeRO-1) or once a micro-step (ZeRO-2); ZeRO-1/2 "
+     "all-gather hP(N-1)/N after the step; ZeRO-3 two all-gathers and a reduce-scatter of hP(N-1)/N each micro-step; "
+     "over bus bandwidth; what overlaps costs 0.6 of its time on NVLink (ZeRO-3 0.95), 0.3 (0.5) over slower links",
+     "Rajbhandari et al. 2020, section 7; DeepSpeed 0.19.8's source; 0.6 and 0.95 fitted, the others assumed"),
+    ("optimizer", "34 bytes a parameter (28 AdamW, 6 norm and zeroing); ZeRO 190 bytes a parameter of the rank's 1/N",
+     "34 counted, 190 fitted"),
+    ("offload", "gradients to the host hP/N each micro-step, AdamW there 28P/N bytes a rank at the node's rate, "
+     "parameters back hP/N; with parameters offloaded, hP/N in for each pass", "measured on H200: 51 and 37 GB/s, "
+     "84 GB/s a node for AdamW"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepPrediction:
+    """One optimizer step.
+
+    Attributes:
+        parts: seconds by part: ``compute``, ``recompute``, ``launch`` (what launching adds), ``communication`` (not
+            hidden), ``optimizer``, ``offload``, ``overhead``.
+        step_seconds: their sum.
+        tokens_per_second: of all ranks.
+        mfu: model FLOPs of the tokens over the data sheet's peak, all ranks.
+        error: relative, stated.
+        source: of the rates.
+    """
+
+    parts: dict[str, float]
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float
+    error: float
+    source: str
+
+
+def predict_step(plan: Plan, found: Rates | None) -> StepPrediction | None:
+    """A step's time; None when the device's rates or the model's work are not known."""
+    work = work_of(plan.model)
+    if found is None or work is None or plan.device != "cuda":
+        return None
+    parts = _parts(plan, work, found)
+    seconds = sum(parts.values())
+    tokens_per_second = plan.global_batch * work.sample_tokens / seconds
+    return StepPrediction(
+        parts=parts,
+        step_seconds=seconds,
+        tokens_per_second=tokens_per_second,
+        mfu=tokens_per_second * work.step_flops / (found.peak_flops * plan.world_size),
+        error=found.error,
+        source=found.source,
+    )
+
+
+def _parts(plan: Plan, work: Work, found: Rates) -> dict[str, float]:
+    steps = plan.accumulation_steps
+    forward, backward, recompute = _gpu_seconds(plan, work, found)
+    straggle = STRAGGLER if plan.world_size > 1 else 1.0
+    forward, backward, recompute = forward * straggle, backward * straggle, recompute * straggle
+    on_gpu = forward + backward + recompute
+    each, last, after = _communication(plan, found, backward + recompute)
+    launch = _launch_seconds(plan, work)
+    # A micro-step takes the longer of launching and what was launched, collectives included.
+    idle = (steps - 1) * max(0.0, launch - on_gpu - each) + max(0.0, launch - on_gpu - last)
+    return {
+        "compute": steps * (forward + backward),
+        "recompute": steps * recompute,
+        "launch": idle,
+        "communication": (steps - 1) * each + last + after,
+        "optimizer": _optimizer_seconds(plan, found),
+        "offload": _offload_seconds(plan, found, backward + recompute),
+        "overhead": STEP_SECONDS,
+    }
+
+
+def _gpu_seconds(plan: Plan, work: Work, found: Rates) -> tuple[float, float, float]:
+    """Forward, backward and recomputation of one micro-step on the GPU, without launching and without communication."""
+    tokens = plan.micro_batch * work.sample_tokens
+    h, mode = 2 if plan.mixed else 4, "compiled" if plan.compile else "eager"
+    fill = min(1.0, found.matrix_flops / REFERENCE_FLOPS)
+    width_share, token_share = work.width / (work.width + HALF_WIDTH * fill), tokens / (tokens + HALF_TOKENS * fill)
+    product = found.matrix_flops * PRODUCT_SHARE * width_share * token_share
+    attention = work.attention_flops / (found.matrix_flops * ATTENTION_SHARE)
+    traffic = work.block_traffic * h / found.bandwidth * (1.0 if plan.compile else EAGER_TRAFFIC)
+    logits = work.logits * LOGIT_BYTES[mode] / found.bandwidth
+    blocks = work.block_flops / product + attention + traffic
+    forward = tokens * (blocks + work.head_flops / product + logits / 3)
+    backward = tokens * (
+        2 * (work.block_flops + work.head_flops) / product
+        + ATTENTION_BACKWARD * attention
+        + 2 * traffic
+        + logits * 2 / 3
+    )
+    return forward, backward, tokens * blocks * _checkpointed_share(plan, work)
+
+
+def _checkpointed_share(plan: Plan, work: Work) -> float:
+    every = plan.activation_checkpointing_every
+    return -(-work.blocks // every) / work.blocks if every else 0.0
+
+
+def _launch_seconds(plan: Plan, work: Work) -> float:
+    """What the process that launches the kernels of one micro-step needs itself."""
+    kernels = work.blocks * work.kernels["compiled" if plan.compile else "eager"]
+    seconds = kernels * KERNEL_SECONDS * (1 + _checkpointed_share(plan, work) / 3)
+    if plan.strategy == "zero3":
+        return seconds + 2 * work.modules * ZERO3_MODULE_SECONDS
+    hook = ZERO_HOOK_SECONDS if plan.strategy.startswith("zero") else DDP_HOOK_SECONDS if plan.world_size > 1 else 0.0
+    return seconds + work.tensors * hook
+
+
+def _communication(plan: Plan, found: Rates, backward: float) -> tuple[float, float, float]:
+    """Seconds that show: of each micro-step but the last, of the last, and after the optimizer."""
+    n = plan.world_size
+    if n == 1:
+        return 0.0, 0.0, 0.0
+    ring = (n - 1) / n
+    h = 2 if plan.mixed else 4
+    parameters = h * plan.parameters * ring
+    gradients = (4 if plan.gradient_dtype == "fp32" else h) * plan.parameters * ring
+    if plan.strategy == "zero3":
+        moved = 2 * parameters / found.all_gather + gradients / found.reduce_scatter
+        shown = _exposed(moved, 1.5 * backward, plan, found)  # the gathers of the forward pass overlap with that
+        return shown, shown, 0.0
+    shown = _exposed(2 * gradients / found.all_reduce, backward, plan, found)
+    gather = parameters / found.all_gather if plan.strategy in ("zero1", "zero2") else 0.0
+    return (shown if plan.strategy == "zero2" else 0.0), shown, gather
+
+
+def _exposed(moved: float, window: float, plan: Plan, found: Rates) -> float:
+    """Seconds of a collective that the step is longer by, when it may overlap with `window` seconds of work."""
+    if plan.strategy.startswith("zero") and not plan.zero.overlap_comm:
+        return moved
+    fast, slow = OVERLAP_COST, SLOW_LINK_OVERLAP_COST
+    if plan.strategy == "zero3":
+        fast, slow = ZERO3_OVERLAP_COST, ZERO3_SLOW_LINK_OVERLAP_COST
+    cost = fast if found.shares_units else slow
+    return max(cost * moved, moved - (1 - cost) * OVERLAP_WINDOW * window)
+
+
+def _optimizer_seconds(plan: Plan, found: Rates) -> float:
+    """On the GPU; offloaded, it is part of `_offload_seconds`."""
+    if plan.offload != "none":
+        return 0.0
+    if plan.strategy.startswith("zero"):
+        return ZERO_STEP_BYTES * plan.parameters / plan.world_size / found.bandwidth
+    return (ADAM_BYTES if plan.mixed else ADAM_FP32_BYTES) * plan.parameters / found.bandwidth
+
+
+def _offload_seconds(plan: Plan, found: Rates, backward: float) -> float:
+    if plan.offload == "none":
+        return 0.0
+    part, h, steps = plan.parameters / plan.world_size, 2 if plan.mixed else 4, plan.accumulation_steps
+    out = h * part / found.device_to_host
+    # ZeRO-1 accumulates on the GPU and sends once; ZeRO-2 and 3 send in every micro-step.
+    seconds = out * (1 if plan.strategy == "zero1" else steps)
+    ranks = plan.world_size if plan.ranks_per_node is None else plan.ranks_per_node
+    seconds += CPU_ADAM_BYTES * part * ranks / found.adam_bytes
+    if plan.offload_parameters == "none":
+        seconds += h * part / found.host_to_device
+    else:
+        fetched = 2 * h * part / found.host_to_device
+        cost = ZERO3_SLOW_LINK_OVERLAP_COST
+        seconds += steps * max(cost * fetched, fetched - (1 - cost) * OVERLAP_WINDOW * backward)
+    if plan.offload == "nvme":
+        # Master and moments in (12) and out (12), gradients in (4).
+        seconds += 28 * part * ranks / found.nvme
+    if plan.offload_parameters == "nvme":
+        seconds += steps * 2 * h * part * ranks / found.nvme
+    return seconds

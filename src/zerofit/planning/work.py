@@ -1,0 +1,77 @@
+"""How much work one micro-step of a model is: what the speed model multiplies with rates. One function a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from ..config.models import GPT2Config, ModelConfig
+
+#: Elements per token and channel that a GPT-2 block reads and writes outside matrix products in a forward pass: two
+#: norms 4, the attention output's transposition 2, GELU 8, two residual sums 4. The backward pass moves about twice
+#: as many.
+GPT2_BLOCK_TRAFFIC = 18
+#: GPU kernels that a GPT-2 block launches, forward and backward, eager and compiled (counted in the model's code:
+#: 13 operations forward, each with two to three backward; compiled ones fuse between the matrix products).
+GPT2_BLOCK_KERNELS = {"eager": 44, "compiled": 20}
+#: Modules of a GPT-2 block that hold parameters: ZeRO-3 gathers and frees each in either pass.
+GPT2_BLOCK_MODULES = 6
+
+
+@dataclass(frozen=True)
+class Work:
+    """One token's work, forward only unless stated, and what a micro-step costs the processor that launches it.
+
+    Attributes:
+        block_flops: matrix products of all blocks, attention left out.
+        attention_flops: of causal attention as flash kernels do it (the half above the diagonal is skipped).
+        head_flops: logits.
+        block_traffic: elements read and written by what is no matrix product, in all blocks.
+        logits: logits a token.
+        width: of the residual stream: small matrices use a GPU less well.
+        blocks: how many.
+        kernels: launched in forward and backward of one block, by ``eager`` and ``compiled``.
+        tensors: parameters of the model as tensors: ZeRO hooks each.
+        modules: modules with parameters: ZeRO-3 gathers each.
+        sample_tokens: tokens of one sample.
+        step_flops: of forward and backward, as MFU counts them.
+    """
+
+    block_flops: int
+    attention_flops: int
+    head_flops: int
+    block_traffic: int
+    logits: int
+    width: int
+    blocks: int
+    kernels: dict[str, int]
+    tensors: int
+    modules: int
+    sample_tokens: int
+    step_flops: int
+
+
+@cache
+def work_of(model: ModelConfig) -> Work | None:
+    """The work of a model; None when its speed is not modelled."""
+    return _gpt2(model) if isinstance(model, GPT2Config) else None
+
+
+def _gpt2(model: GPT2Config) -> Work:
+    """L blocks of width C on T tokens; table of V rows, tied with the head."""
+    length, width, table = model.block_size, model.n_embd, model.padded_vocab_size * model.n_embd
+    in_blocks = model.parameter_count() - table - length * width
+    return Work(
+        block_flops=2 * in_blocks,
+        attention_flops=2 * model.n_layer * width * length,  # two products, 2 C T each, half of it causal
+        head_flops=2 * table,
+        block_traffic=GPT2_BLOCK_TRAFFIC * width * model.n_layer,
+        logits=model.padded_vocab_size,
+        width=width,
+        blocks=model.n_layer,
+        kernels=GPT2_BLOCK_KERNELS,
+        tensors=len(model.parameter_shapes()),
+        modules=GPT2_BLOCK_MODULES * model.n_layer + 3,
+        sample_tokens=length,
+        step_flops=model.flops_per_token(),
+    )
