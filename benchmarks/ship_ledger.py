@@ -3,7 +3,7 @@
     python benchmarks/ship_ledger.py           writes it
     python benchmarks/ship_ledger.py --print   shows it beside what the planner predicts
 
-Files of benchmarks/gpt2_xl.py on H200s (16 CPU cores a GPU).
+Files of benchmarks/gpt2_xl.py and benchmarks/planner_memory.py on H200s (16 CPU cores a GPU).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from planner_memory import plan_of
 from zerofit.config.models import GPT2Config
 from zerofit.planning.ledger import Measurement, ledger_table, measurements_of, predicted_row
 
@@ -39,7 +40,27 @@ def collect() -> list[Measurement]:
     for path in sorted(RESULTS.glob("*-h200-gpt2_xl-*.json")):
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rows += measurements_of(document, GPT2_XL, gpu="h200", cores_a_gpu=CORES_A_GPU)
+    for path in sorted(RESULTS.glob("*-h200-memory-*gpu.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if "rows" in document:
+            rows += [memory_row(document["date"], row) for row in document["rows"].values() if row["status"] == "ok"]
     return rows
+
+
+def memory_row(date: str, row: dict[str, Any]) -> Measurement:
+    """A row of benchmarks/planner_memory.py."""
+    plan = plan_of(row["case"], small=False)
+    shared = set(Measurement.model_fields) & set(type(plan).model_fields) - {"model"}
+    return Measurement(
+        **{name: getattr(plan, name) for name in shared},
+        model=plan.model,
+        date=date,
+        gpu="h200",
+        link="nvlink",
+        cpu_cores=CORES_A_GPU * plan.world_size,
+        measured_gpu_peak_bytes=row["allocated_bytes"],
+        measured_step_seconds=row["step_seconds"],
+    )
 
 
 def render(rows: list[Measurement]) -> str:

@@ -27,7 +27,7 @@ def list_checkpoints(run: RunFolder, as_json: AsJson = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..planning.choose import format_bytes
+    from ..planning.sizes import format_bytes
 
     rows = [_row(folder) for folder in _folders(run)]
     if as_json:

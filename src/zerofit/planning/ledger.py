@@ -41,10 +41,12 @@ class Row(Section):
     world_size: int
     strategy: Strategy
     offload: Offload = "none"
+    offload_parameters: Offload = "none"
     micro_batch: int
     accumulation_steps: int = 1
     activation_checkpointing_every: int = 0
     precision: Precision = "bf16"
+    gradient_dtype: Literal["compute", "fp32"] = "compute"
     compile: bool = False
     predicted_gpu_peak_bytes: int | None = None
     measured_gpu_peak_bytes: int | None = None
@@ -73,11 +75,13 @@ class Measurement(Section):
     model: ModelConfig
     strategy: Strategy
     offload: Offload = "none"
+    offload_parameters: Offload = "none"
     world_size: int
     micro_batch: int
     accumulation_steps: int = 1
     activation_checkpointing_every: int = 0
     precision: Precision = "bf16"
+    gradient_dtype: Literal["compute", "fp32"] = "compute"
     compile: bool = False
     reduce_bucket_elements: int | None = None
     measured_gpu_peak_bytes: int

@@ -18,10 +18,11 @@ from ..config.schema import Config
 from ..data.prepare import is_prepared, prepare
 from ..data.tokens import check_data, fingerprint, vocabulary_size
 from ..errors import ConfigError
-from ..planning.choose import Choice, choose, format_bytes
+from ..planning.choose import Choice, choose
 from ..planning.explain import print_choice
 from ..planning.hardware import Hardware, probe
 from ..planning.plan import Plan
+from ..planning.sizes import format_bytes
 from .lock import RunLock, acquire_run
 from .resume import check_resumable
 from .run_folder import choose_folder, write_run_folder
