@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +312,31 @@ class TestAllocator:
         assert allocator.allocated_bytes == 0
         allocator.empty_cache()
         assert allocator.reserved_bytes == 0
+
+
+def measured_rows() -> list[tuple[str, Plan, dict[str, Any]]]:
+    """Every configuration that benchmarks/planner_memory.py measured on H200s."""
+    rows = []
+    for path in sorted(RESULTS.glob("*-h200-memory-*gpu.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        for name, row in document.get("rows", {}).items():
+            if row["status"] == "ok":
+                rows.append((name, Plan.model_validate(row["plan"]), row))
+    return rows
+
+
+def test_forty_eight_configurations_on_h200s() -> None:
+    """The promise: allocated within 3% on average and 10% at worst, the driver within 5% and 12%, no false "fits"."""
+    rows = measured_rows()
+    assert len(rows) >= 48
+    errors: dict[str, list[float]] = {"allocated_bytes": [], "driver_bytes": []}
+    for name, plan, row in rows:
+        predicted = predict_memory(plan)
+        for what, found in errors.items():
+            found.append(abs(getattr(predicted, what) / row[what] - 1))
+        # A card of exactly the memory that was measured: with the planner's margin it must not be said to fit.
+        assert predicted.driver_bytes > 0.95 * row["driver_bytes"], name
+    for what, (mean, worst) in {"allocated_bytes": (0.03, 0.10), "driver_bytes": (0.05, 0.12)}.items():
+        assert statistics.mean(errors[what]) < mean
+        assert max(errors[what]) < worst
+        assert sorted(errors[what])[int(0.95 * len(rows))] < 0.06

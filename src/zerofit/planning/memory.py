@@ -34,7 +34,7 @@ class DeviceConstants:
 
     Attributes:
         context_bytes: CUDA context and loaded kernels, outside PyTorch's allocator.
-        nccl_bytes: more of that with a process group, which ZeRO opens for one rank too.
+        nccl_bytes: more of that with a process group of several ranks that all-reduces, as DDP does.
         workspace_bytes: cuBLAS workspace per handle and stream, inside PyTorch's allocator.
     """
 
@@ -44,11 +44,15 @@ class DeviceConstants:
 
 
 #: Measured on NVIDIA H200 (driver 580, torch 2.11 with CUDA 13.0): the driver showed 751 to 771 MiB more than PyTorch
-#: held in 16 cases of one process, 1,715 to 1,757 MiB in 8 cases of ZeRO on one GPU
-#: (benchmarks/results/2026-11-21-h200-memory-1gpu.json). cuBLAS takes 32 MiB a handle and stream on Hopper.
-H200 = DeviceConstants(context_bytes=768 * MIB, nccl_bytes=960 * MIB, workspace_bytes=32 * MIB)
+#: held in 16 cases of one process, 1,600 to 1,620 MiB under DDP on 2 and 4 GPUs
+#: (benchmarks/results/2026-11-21-h200-memory-*gpu.json). cuBLAS takes 32 MiB a handle and stream on Hopper.
+H200 = DeviceConstants(context_bytes=768 * MIB, nccl_bytes=850 * MIB, workspace_bytes=32 * MIB)
 #: Not measured: other GPUs load fewer kernels; before Hopper cuBLAS takes 8.125 MiB a handle and stream.
-OTHER_GPU = DeviceConstants(context_bytes=600 * MIB, nccl_bytes=960 * MIB, workspace_bytes=8_519_680)
+OTHER_GPU = DeviceConstants(context_bytes=600 * MIB, nccl_bytes=850 * MIB, workspace_bytes=8_519_680)
+#: Multiples of `DeviceConstants.nccl_bytes`: DeepSpeed uses more communicators, and ZeRO on one rank has a group too.
+#: In the files named above: DDP 850 MiB, ZeRO-1 and 2 1,330, ZeRO-3 1,050, ZeRO on one GPU 950 to 1,000.
+GROUPS = {"ddp": 1.0, "zero1": 1.57, "zero2": 1.57, "zero3": 1.24}
+ZERO_ALONE_GROUP = 1.15
 #: Without a GPU there is no context, and gloo's buffers are small.
 NO_GPU = DeviceConstants(context_bytes=0, nccl_bytes=0, workspace_bytes=0)
 _BY_KIND: Mapping[str, DeviceConstants] = {"h100": H200, "h200": H200}
@@ -131,8 +135,9 @@ def fits_within(plan: Plan, limit_bytes: int, device: DeviceConstants = H200) ->
 
 def _outside_bytes(plan: Plan, device: DeviceConstants) -> int:
     """What one process takes of the GPU outside PyTorch's allocator."""
-    grouped = plan.world_size > 1 or plan.strategy.startswith("zero")
-    return device.context_bytes + (device.nccl_bytes if grouped else 0)
+    alone = ZERO_ALONE_GROUP if plan.strategy.startswith("zero") else 0.0
+    share = alone if plan.world_size == 1 else GROUPS[plan.strategy]
+    return device.context_bytes + int(share * device.nccl_bytes)
 
 
 def _predict(plan: Plan, device: DeviceConstants) -> MemoryPrediction:

@@ -50,6 +50,10 @@ class ReplicatedModel:
                     ledger.free(("parameter", name))
         if self.buckets:
             ledger.alloc(("bucket", 0), self.compute_bytes * self.plan.parameters, "gradients")
+        if self.buckets and self.plan.compile and self.plan.accumulation_steps > 1:
+            # Measured, not explained: compiled blocks that accumulate under DDP hold the gradients once more (2 H200s,
+            # docs/experiments.md; eager ones do not).
+            ledger.alloc("gradients again", self.compute_bytes * self.plan.parameters, "gradients")
 
     def _rebuild_buckets(self) -> None:
         """After its first backward pass DDP replaces its one bucket by many, filled in the order of gradients."""
