@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from planner_memory import plan_of
 from zerofit.config.models import GPT2Config
 from zerofit.planning.ledger import Measurement, ledger_table, measurements_of, predicted_row
+from zerofit.planning.plan import Plan
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = Path(__file__).parents[1] / "src" / "zerofit" / "planning" / "ledger.json"
@@ -39,22 +39,24 @@ def collect() -> list[Measurement]:
     rows = []
     for path in sorted(RESULTS.glob("*-h200-gpt2_xl-*.json")):
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rows += measurements_of(document, GPT2_XL, gpu="h200", cores_a_gpu=CORES_A_GPU)
+        rows += measurements_of(document, path.name, GPT2_XL, gpu="h200", cores_a_gpu=CORES_A_GPU)
     for path in sorted(RESULTS.glob("*-h200-memory-*gpu.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         if "rows" in document:
-            rows += [memory_row(document["date"], row) for row in document["rows"].values() if row["status"] == "ok"]
+            done = [row for row in document["rows"].values() if row["status"] == "ok"]
+            rows += [memory_row(document["date"], path.name, row) for row in done]
     return rows
 
 
-def memory_row(date: str, row: dict[str, Any]) -> Measurement:
+def memory_row(date: str, run: str, row: dict[str, Any]) -> Measurement:
     """A row of benchmarks/planner_memory.py."""
-    plan = plan_of(row["case"], small=False)
+    plan = Plan.model_validate(row["plan"])
     shared = set(Measurement.model_fields) & set(type(plan).model_fields) - {"model"}
     return Measurement(
         **{name: getattr(plan, name) for name in shared},
         model=plan.model,
         date=date,
+        run=run,
         gpu="h200",
         link="nvlink",
         cpu_cores=CORES_A_GPU * plan.world_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from zerofit.planning.calibration import Calibration, calibration_path, constant
 from zerofit.planning.gpus import GPUS
 from zerofit.planning.hardware import Gpu, Hardware
 from zerofit.planning.ledger import (
+    Measurement,
     Row,
     append_row,
     ledger_json,
@@ -55,20 +57,35 @@ def step(hardware: Hardware | None = None, **changes: object) -> StepPrediction:
 
 
 def test_predictions_lie_within_15_percent_of_what_was_measured_on_h200s() -> None:
-    rows = [row for row in shipped_measurements() if row.gpu == "h200"]
-    errors = [predicted_row(row).speed_error for row in rows]
-    known = [abs(error) for error in errors if error is not None]
-    assert len(known) == len(rows) >= 16
-    assert statistics.fmean(known) < 0.05
-    assert max(known) < 0.15
+    """On average; each of the rows that the model was fitted to (those of benchmarks/gpt2_xl.py)."""
+    fitted, unseen = [], []
+    for row in shipped_measurements():
+        error = predicted_row(row).speed_error
+        assert error is not None
+        (fitted if "gpt2_xl" in row.run else unseen).append(abs(error))
+    assert len(fitted) >= 16
+    assert max(fitted) < 0.15
+    assert len(unseen) >= 48
+    assert statistics.fmean(unseen) < 0.15
 
 
-def test_the_fastest_measured_strategy_comes_first() -> None:
-    """Among rows that did the same work on the same machine: same GPUs, batch, precision; CPU offload included."""
-    rows = [row for row in shipped_measurements() if row.world_size == 4 and row.micro_batch == 8]
-    predicted = {index: predicted_row(row).predicted_step_seconds for index, row in enumerate(rows)}
-    first = min(predicted, key=lambda index: predicted[index] or 0.0)
-    assert rows[first].measured_step_seconds <= 1.05 * min(row.measured_step_seconds for row in rows)
+def comparable_groups() -> list[list[Measurement]]:
+    """Rows that did the same work one after another on the same machine: ranks, model, precision, global batch."""
+    groups: dict[tuple[object, ...], list[Measurement]] = defaultdict(list)
+    for row in shipped_measurements():
+        batch = row.world_size * row.micro_batch * row.accumulation_steps
+        groups[row.run, row.world_size, row.model, row.precision, batch].append(row)
+    return [rows for rows in groups.values() if len(rows) > 1]
+
+
+def test_the_fastest_measured_candidate_comes_first() -> None:
+    """Or one within 5% of it, in nine of ten groups."""
+    right = 0
+    for rows in comparable_groups():
+        first = min(rows, key=lambda row: predicted_row(row).predicted_step_seconds or 0.0)
+        right += first.measured_step_seconds <= 1.05 * min(row.measured_step_seconds for row in rows)
+    assert len(comparable_groups()) >= 8
+    assert right >= 0.9 * len(comparable_groups())
 
 
 def test_the_parts_add_up_and_rates_matter() -> None:

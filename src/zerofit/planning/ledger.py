@@ -68,6 +68,8 @@ class Measurement(Section):
     """A shipped row before its prediction."""
 
     date: str
+    run: str = ""
+    """The file of benchmarks/results: rows of one file were measured one after another on the same machine."""
     gpu: str
     """Row of `planning.gpus`."""
     link: Literal["nvlink", "pcie"]
@@ -194,12 +196,13 @@ def append_row(row: Row) -> None:
 
 
 def measurements_of(
-    document: Mapping[str, Any], model: ModelConfig, *, gpu: str, cores_a_gpu: int
+    document: Mapping[str, Any], run: str, model: ModelConfig, *, gpu: str, cores_a_gpu: int
 ) -> list[Measurement]:
     """The rows of a file of benchmarks/gpt2_xl.py: its own cases that ended, peers and compiled ZeRO-3 left out.
 
     Args:
         document: the file's JSON.
+        run: its name.
         model: what it trained.
         gpu: row of `planning.gpus`.
         cores_a_gpu: CPU cores of that machine for each GPU.
@@ -214,6 +217,7 @@ def measurements_of(
         found.append(
             Measurement(
                 date=document["date"],
+                run=run,
                 gpu=gpu,
                 link="nvlink" if GPUS[gpu].nvlink else "pcie",
                 cpu_cores=cores_a_gpu * row["gpus"],
