@@ -25,9 +25,8 @@ from zerofit.checkpoint.foreign.sources import INTERVAL_ELEMENTS
 from zerofit.checkpoint.model import load_model, model_config
 from zerofit.checkpoint.retention import Retention
 from zerofit.checkpoint.saver import Request, Saver
-from zerofit.cli.export import parse_bytes
 from zerofit.config.models import GPT2Config
-from zerofit.errors import CheckpointError, ConfigError, RequestError
+from zerofit.errors import CheckpointError, RequestError
 from zerofit.types import Fragment, World
 
 PADDED = MODEL.model_copy(update={"pad_vocab_to": 64})
@@ -391,14 +390,3 @@ def test_nanogpt_to_deepspeed_keeps_the_moments(tmp_path: Path) -> None:
         read = found.read(name, role, 0, len(values))
         assert read is not None
         assert (read.numpy() == values).all()
-
-
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 3 << 19), ("77", 77), ("2kb", 2000)])
-def test_sizes(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "-1GB", "5 apples", "GB", "1e9"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match="--max-shard-size"):
-        parse_bytes(text)

@@ -17,6 +17,7 @@ import torch
 
 from ..config.models import ModelConfig
 from ..errors import CheckpointError, RequestError
+from ..planning.sizes import format_bytes
 from .export_formats import FORMATS, Format, Job
 from .foreign import open_foreign
 from .foreign.contents import MOMENTS, PARAMETER
@@ -49,7 +50,7 @@ class Exported:
         files = f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
         return (
             f"{self.path}: {self.to}, {self.dtype}, {self.parameters:,} parameters{step}, {files}, "
-            f"{self.size_bytes / 2**30:.2f} GiB, read back and compared"
+            f"{format_bytes(self.size_bytes)}, read back and compared"
         )
 
 

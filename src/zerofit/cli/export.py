@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from ..checkpoint.foreign import Foreign
     from ..checkpoint.store import Saved
     from ..config.models import ModelConfig
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def export(
@@ -36,12 +33,15 @@ def export(
     The source is a run of zerofit, or a checkpoint of DeepSpeed, nanoGPT, Hugging Face or PyTorch: its kind is told
     from its content. What was written is read back and compared before it gets its name.
     """
-    shard_bytes = parse_bytes(max_shard_size)
+    from ..planning.sizes import parse_bytes
+
+    shard_bytes = parse_bytes(max_shard_size, "--max-shard-size")
     from ..checkpoint.export import export as write
+    from ..checkpoint.store import Saved
 
     found, model = _open(source, checkpoint, config, preset)
     done = write(found, model, out, to=to, dtype=dtype, shard_bytes=shard_bytes, force=force)
-    notes = [*getattr(found, "notes", ()), *done.notes]
+    notes = [*(() if isinstance(found, Saved) else found.notes), *done.notes]
     if as_json:
         keys = ("to", "dtype", "files", "size_bytes", "parameters", "step")
         print(json.dumps({"path": str(done.path), **{key: getattr(done, key) for key in keys}, "notes": notes}))
@@ -75,17 +75,3 @@ def _open(
             f"many heads it has. Name it with --config FILE or --preset NAME (`zerofit presets` lists them)."
         )
     return found, found.model
-
-
-def parse_bytes(text: str) -> int:
-    """``5GB``, ``512MiB``, ``1.5 GB`` or a bare number of bytes.
-
-    Raises:
-        ConfigError: anything else, or nothing.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = UNITS.get(found.group(2).upper()) if found else None
-    size = int(float(found.group(1)) * unit) if found and unit else 0
-    if size < 1:
-        raise ConfigError(f"--max-shard-size {text!r} is no size. Write a number and KB, MB, GB, KiB, MiB or GiB: 5GB.")
-    return size

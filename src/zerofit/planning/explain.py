@@ -126,7 +126,8 @@ def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool)
         )
         columns = _columns(candidate)
         table.add_row(
-            ("> " if chosen else "  ") + describe(candidate.plan),
+            # The whole name stands in the bars and sentences; here it would push columns off a terminal.
+            ("> " if chosen else "  ") + describe(candidate.plan).replace("offload + parameters", "offload, all"),
             *(columns[name] for name in names),
             fits if candidate.asked else f"({fits})",
             style="bold" if chosen else None if candidate.asked else "dim",
