@@ -219,6 +219,36 @@ def test_a_disk_that_fills_in_the_middle_of_a_save(tmp_path: Path) -> None:
     assert (newest, last) == ("step-00000002", "step-00000004")
 
 
+READ_ONLY = """
+import subprocess, sys; from pathlib import Path; import torch
+from zerofit.checkpoint import retention, saver
+from zerofit.types import Fragment, World
+root = Path(sys.argv[1]) / "checkpoints"; root.mkdir()
+saver.SPARE_BYTES = 0
+own = saver.Saver(root, World(0, 1, 0, torch.device("cpu")), retention.Retention(3), 0, asynchronous=True,
+                  patience_seconds=5)
+def go(step):
+    own.begin(saver.Request(step, {}, {}, {}, ("latest",)), [Fragment("a", "parameter", (9,), 0, torch.ones(9))],
+              lambda wait: wait())
+    print(own.finish(), [o.failure for o in own.told()], retention.find_whole(Path(sys.argv[1]), "latest").folder.name)
+go(1)
+subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
+go(2)
+subprocess.run(["mount", "-o", "remount,rw", sys.argv[1]], check=True)
+go(3)
+"""
+
+
+def test_a_folder_that_becomes_read_only(tmp_path: Path) -> None:
+    done = mounted(READ_ONLY, tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stdout.splitlines()
+    assert (first, third) == ("True [None] step-00000001", "True [None] step-00000003")
+    assert second.startswith("False")
+    assert "Read-only file system" in second
+    assert second.endswith("step-00000001")
+
+
 def test_a_gap_is_refused(tmp_path: Path) -> None:
     found = store.open_checkpoint(save(tmp_path))
     shape, parts = found.manifest.tensors["parameter", "a"]
@@ -398,3 +428,36 @@ def test_finding_a_checkpoint(tmp_path: Path) -> None:
         assert retention.find_whole(tmp_path, which).folder.name == f"step-{step:08d}"
     with pytest.raises(CheckpointError, match="step-00000001, step-00000002"):
         retention.find_whole(tmp_path, "3")
+
+
+MEMORY = """
+import resource, sys; from pathlib import Path; import torch
+from zerofit.checkpoint import retention, saver, store
+from zerofit.types import Fragment, World
+root, elements, asynchronous = Path(sys.argv[1]), 120 * 1024**2, sys.argv[2] == "asynchronous"
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+flat = torch.ones(elements)
+part = elements // 10
+pieces = [Fragment(f"p{i}", "parameter", (part,), 0, flat[i * part : (i + 1) * part]) for i in range(10)]
+before = peak()
+own = saver.Saver(root, World(0, 1, 0, torch.device("cpu")), retention.Retention(1), 0, asynchronous=asynchronous,
+                  patience_seconds=60)
+own.begin(saver.Request(1, {}, {}, {}, ("latest",)), pieces, lambda wait: wait())
+assert own.finish()
+saved_at = peak()
+own.close()
+saved = store.open_checkpoint(root / "step-00000001")
+for piece in pieces:
+    piece.data.copy_(saved.read(piece.name, "parameter", 0, part))
+print(before, saved_at, peak())
+"""
+
+
+@pytest.mark.parametrize("how", ["asynchronous", "waiting"])
+def test_saving_takes_the_ranks_share_once_more_and_loading_a_tensor(tmp_path: Path, how: str) -> None:
+    """480 MiB of states: one share while saving; with `save_asynchronously: false` a block; loading, one tensor."""
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path), how], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, saved, loaded = (int(mib) for mib in done.stdout.split())
+    assert saved - before < (1.1 * 480 if how == "asynchronous" else 256 + 64)
+    assert loaded - saved < 128

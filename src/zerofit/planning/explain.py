@@ -112,6 +112,7 @@ def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool)
         f"({first.share:.0%} of what is free). In brackets: not asked for, shown for comparison.",
         header_style="bold",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("strategy", no_wrap=True)
     names = [name for name in _columns(choice.candidates[0]) if on_gpu or name not in GPU_COLUMNS]

@@ -295,7 +295,7 @@ def ledger_table(rows: Sequence[Row]) -> Table:
 def _caption(rows: Sequence[Row]) -> str:
     shipped = sum(row.source == "shipped" for row in rows)
     return (
-        f"{shipped} shipped measurements, predicted by this version (the speed model was fitted to them), and "
+        f"{shipped} shipped measurements, predicted by this version (16 of them fitted the speed model), and "
         f"{len(rows) - shipped} runs of your own. Peaks are PyTorch's allocated bytes."
     )
 
