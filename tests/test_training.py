@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from zerofit.checkpoint.saver import Outcome
 from zerofit.config.models import GPT2Config
 from zerofit.config.schema import Config, DataConfig, LossScaleConfig, OptimizerConfig, ScheduleConfig
 from zerofit.engines.loss_scale import LossScaler
+from zerofit.planning.plan import Plan
+from zerofit.training import checkpoints
 from zerofit.training.events import EventLog, read_events
+from zerofit.training.progress import SilentDisplay
 from zerofit.training.sampling import generate
 from zerofit.training.schedule import learning_rate
+from zerofit.training.state import Progress
+from zerofit.types import SAVE, Batch, World
 
 
 def _config(**schedule: object) -> Config:
@@ -72,6 +80,55 @@ def test_events_are_json_even_when_numbers_are_not_finite(tmp_path: Path) -> Non
         file.write('{"kind": "st')  # a crash in the middle of a line
     assert read_events(tmp_path / "events.jsonl") == [{"kind": "step", "step": 1, "loss": "nan", "grad_norm": "inf"}]
     json.loads((tmp_path / "events.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
+
+
+class FullDisk:
+    """A saver whose disk has no room until `free` is set; its saves are durable at once."""
+
+    def __init__(self) -> None:
+        self.free, self.checkpoint_bytes, self.root = False, 10, Path("somewhere")
+        self.outcomes: list[Outcome] = []
+
+    def begin(self, request: Any, fragments: Any, hold_updates: Any) -> bool:
+        if self.free:
+            self.outcomes.append(Outcome(request.step, f"step-{request.step}", 0.1))
+        return self.free
+
+    def finish(self) -> bool:
+        return True
+
+    def told(self) -> list[Outcome]:
+        told, self.outcomes = self.outcomes, []
+        return told
+
+    def has_room(self) -> bool:
+        return self.free
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_pauses_saving_and_is_told_once(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "probe_loss", lambda engine, probe: 1.0)
+    monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.0)
+    disk, log = FullDisk(), EventLog(tmp_path / "events.jsonl", enabled=True)
+    engine: Any = SimpleNamespace(scalars=dict, fragments=list, hold_updates=None)
+    config = _config()
+    plan = Plan(model=config.model, parameters=1, strategy="ddp", device="cpu", world_size=2, micro_batch=1,
+                accumulation_steps=1, precision="fp32")  # fmt: skip
+    world = World(rank, 2, rank, torch.device("cpu"))
+    probe = Batch({}, 1)
+    own = checkpoints.Checkpoints(disk, engine, config, plan, world, {}, probe, log, SilentDisplay())  # type: ignore[arg-type]
+    assert own.wishes() == 0
+    for step in (1, 2):
+        assert not own.save(Progress(step=step), best=False)
+    assert own.wishes() == 0  # still no room
+    disk.free = True
+    assert own.wishes() == (SAVE if rank == 0 else 0)
+    assert own.save(Progress(step=3), best=False)
+    own.tell()
+    assert own.wishes() == 0
+    log.close()
+    events = read_events(tmp_path / "events.jsonl")
+    assert [(event["kind"], event["step"]) for event in events] == [("warning", 1), ("checkpoint", 3)]
 
 
 def _counting(tokens: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,6 @@ class Checkpoints:
         """
         deadline = time.monotonic() + patience_seconds
         while not (self.save(progress, best) and self.finish()):
-            self._begun_step = None
             if not agree(time.monotonic() < deadline, self.world):
                 raise TrainingFailed(
                     f"Step {progress.step} could not be saved in {self.saver.root} (see the warning above). Older "
@@ -92,12 +91,14 @@ class Checkpoints:
     def finish(self) -> bool:
         """Wait for the save under way, and tell what became of it. False when it failed."""
         fine = self.saver.finish()
+        if not fine:
+            self._begun_step = None  # on every rank, so that all try again, or none
         self.tell()
         return fine
 
     def wishes(self) -> int:
-        """`types.SAVE` when a save was missed and there is room again. Not collective."""
-        if not self._missed or time.monotonic() < self._look_again:
+        """`types.SAVE` when a save was missed and there is room again; the main rank's to say. Not collective."""
+        if not (self.world.is_main and self._missed) or time.monotonic() < self._look_again:
             return 0
         self._look_again = time.monotonic() + RETRY_SECONDS
         return SAVE if self.saver.has_room() else 0
@@ -106,7 +107,6 @@ class Checkpoints:
         """Write what became of saves to the events; never waits. Not collective."""
         for outcome in self.saver.told():
             if outcome.folder is None:
-                self._begun_step = None
                 self._miss(outcome.step, outcome.failure or "")
             else:
                 self._tell_saved(outcome)
