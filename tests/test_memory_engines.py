@@ -27,6 +27,9 @@ MODEL = GPT2Config(n_layer=5, n_head=2, n_embd=32, block_size=16, vocab_size=65)
 #: Scalars and norms.
 SMALL_BYTES = 2048
 STEPS = 4
+#: gloo's threads let go of what they sent a moment after it was waited for, which now and then falls into another
+#: allocation's time and raises a peak; it never lowers one. So the lowest of a few runs counts.
+ATTEMPTS = 4
 
 
 class Storages(TorchDispatchMode):
@@ -159,9 +162,14 @@ def test_an_engine_allocates_what_the_planner_says(settings: dict[str, Any], sha
     plan = plan_of(**settings)
     ledger, _ = _play(plan, NO_GPU, *_micro_step(plan))
     predicted = {phase: peak for phase, (peak, _) in ledger.peaks.items()}
-    # The planner's rank is the last.
-    real = run(plan.world_size, measured, plan)[-1]
-    allowed = SMALL_BYTES + share * max(real.values())
-    for phase in ("init", "backward"):
-        assert abs(predicted[phase] - real[phase]) <= allowed, (phase, predicted, real)
-    assert abs(max(predicted.values()) - max(real.values())) <= allowed, (predicted, real)
+    lowest: dict[str, int] = {}
+    for _ in range(ATTEMPTS):
+        # The planner's rank is the last.
+        real = run(plan.world_size, measured, plan)[-1]
+        lowest = {phase: min(peak, lowest.get(phase, peak)) for phase, peak in real.items()}
+        allowed = SMALL_BYTES + share * max(lowest.values())
+        off = {phase: predicted[phase] - lowest[phase] for phase in ("init", "backward")}
+        off["peak"] = max(predicted.values()) - max(lowest.values())
+        if all(abs(difference) <= allowed for difference in off.values()):
+            return
+    raise AssertionError((off, predicted, lowest))

@@ -29,25 +29,30 @@ from .sizes import format_bytes, format_seconds
 from .speed import predict_step
 
 
-class Row(Section):
-    """One run. Peaks are of PyTorch's allocator (allocated bytes), of one rank."""
+class _Case(Section):
+    """How it ran."""
 
     date: str
-    source: str
-    """``shipped`` or ``local``, or the file it came from."""
-    model: str
-    """Kind and parameters, as ``gpt2 1.56B``."""
-    gpu: str
-    world_size: int
     strategy: Strategy
     offload: Offload = "none"
     offload_parameters: Offload = "none"
+    world_size: int
     micro_batch: int
     accumulation_steps: int = 1
     activation_checkpointing_every: int = 0
     precision: Precision = "bf16"
     gradient_dtype: Literal["compute", "fp32"] = "compute"
     compile: bool = False
+
+
+class Row(_Case):
+    """One run. Peaks are of PyTorch's allocator (allocated bytes), of one rank."""
+
+    source: str
+    """``shipped`` or ``local``, or the file it came from."""
+    model: str
+    """Kind and parameters, as ``gpt2 1.56B``."""
+    gpu: str
     predicted_gpu_peak_bytes: int | None = None
     measured_gpu_peak_bytes: int | None = None
     predicted_step_seconds: float | None = None
@@ -64,10 +69,9 @@ class Row(Section):
         return _error(self.predicted_step_seconds, self.measured_step_seconds)
 
 
-class Measurement(Section):
+class Measurement(_Case):
     """A shipped row before its prediction."""
 
-    date: str
     run: str = ""
     """The file of benchmarks/results: rows of one file were measured one after another on the same machine."""
     gpu: str
@@ -75,16 +79,6 @@ class Measurement(Section):
     link: Literal["nvlink", "pcie"]
     cpu_cores: int
     model: ModelConfig
-    strategy: Strategy
-    offload: Offload = "none"
-    offload_parameters: Offload = "none"
-    world_size: int
-    micro_batch: int
-    accumulation_steps: int = 1
-    activation_checkpointing_every: int = 0
-    precision: Precision = "bf16"
-    gradient_dtype: Literal["compute", "fp32"] = "compute"
-    compile: bool = False
     reduce_bucket_elements: int | None = None
     measured_gpu_peak_bytes: int
     measured_step_seconds: float

@@ -156,7 +156,8 @@ def _launch_seconds(plan: Plan, work: Work) -> float:
     kernels = work.blocks * work.kernels["compiled" if plan.compile else "eager"]
     seconds = kernels * KERNEL_SECONDS * (1 + _checkpointed_share(plan, work) / 3)
     if plan.strategy == "zero3":
-        return seconds + 2 * work.modules * ZERO3_MODULE_SECONDS
+        # Recomputation gathers once more.
+        return seconds + (2 + _checkpointed_share(plan, work)) * work.modules * ZERO3_MODULE_SECONDS
     hook = ZERO_HOOK_SECONDS if plan.strategy.startswith("zero") else DDP_HOOK_SECONDS if plan.world_size > 1 else 0.0
     return seconds + work.tensors * hook
 
