@@ -31,9 +31,9 @@ class Engine(Protocol):
             wishes: bits of `types.WISHES` that this rank asks for.
         """
 
-    def eval_step(self, window: Sequence[Batch]) -> Mapping[str, LossSum]:
+    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> Mapping[str, LossSum]:
         """Loss sums over the window and all ranks, without gradients, dropout or randomness. Collective; every
-        rank brings equally many batches."""
+        rank brings equally many batches. ``compiled=False`` for batches of another shape than training's."""
 
     def predict(self, batch: Batch) -> Tensor:
         """The model's output for inputs without targets, on the engine's device. Collective under sharding: every

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,6 +52,22 @@ def compile_units(plan: Plan, spec: ModelSpec[Any], model: nn.Module) -> None:
     if plan.compile:
         for unit in spec.compiled_units(model):
             unit.compile(mode=None if plan.compile_mode == "default" else plan.compile_mode, dynamic=False)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Inside, compiled units run as they were written: for a batch of another shape than training's.
+
+    Not ``torch.compiler.set_stance``, after which the next step of 48 blocks took 9 ms longer (docs/experiments.md).
+    """
+    calls = {unit: unit._compiled_call_impl for unit in model.modules() if unit._compiled_call_impl is not None}
+    for unit in calls:
+        unit._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for unit, call in calls.items():
+            unit._compiled_call_impl = call
 
 
 def seed_step(plan: Plan, step: int, rank: int) -> None:
@@ -135,8 +151,15 @@ def close_step(
 
 
 @torch.no_grad()
-def evaluate_window(model: nn.Module, window: Iterable[Batch], world: World) -> Mapping[str, LossSum]:
+def evaluate_window(
+    model: nn.Module, window: Iterable[Batch], world: World, *, compiled: bool = True
+) -> Mapping[str, LossSum]:
     """Loss sums over the window and all ranks. Collective. Leaves the model in training mode."""
+    with nullcontext() if compiled else uncompiled(model):
+        return _evaluate(model, window, world)
+
+
+def _evaluate(model: nn.Module, window: Iterable[Batch], world: World) -> Mapping[str, LossSum]:
     sums: dict[str, Tensor] = {}
     weight_here = 0
     model.eval()

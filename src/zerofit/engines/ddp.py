@@ -104,8 +104,8 @@ class DDPEngine:
     def _gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.grad if self.fp32_gradients is None else self._fp32_views[parameter]
 
-    def eval_step(self, window: Sequence[Batch]) -> Mapping[str, LossSum]:
-        return common.evaluate_window(self.model, window, self.world)
+    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> Mapping[str, LossSum]:
+        return common.evaluate_window(self.model, window, self.world, compiled=compiled)
 
     def predict(self, batch: Batch) -> Tensor:
         return common.predict(self.model, batch, self.world)

@@ -113,8 +113,8 @@ class DeepSpeedEngine:
         if self.scaler.enabled:
             self.zero.override_loss_scale(self.scaler.scale.item())
 
-    def eval_step(self, window: Sequence[Batch]) -> Mapping[str, LossSum]:
-        return common.evaluate_window(self.model, window, self.world)
+    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> Mapping[str, LossSum]:
+        return common.evaluate_window(self.model, window, self.world, compiled=compiled)
 
     def predict(self, batch: Batch) -> Tensor:
         return common.predict(self.model, batch, self.world)

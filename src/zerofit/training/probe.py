@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 
 from ..checkpoint.manifest import PROBE
@@ -19,8 +18,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 
 def probe_loss(engine: Engine, probe: Batch) -> float:
     """Mean loss of the probe. Collective. Not compiled: its shape is not that of training."""
-    with torch.compiler.set_stance("force_eager"):
-        return engine.eval_step([probe])["loss"].mean
+    return engine.eval_step([probe], compiled=False)["loss"].mean
 
 
 def stored_probe(folder: Path) -> Batch | None:
