@@ -62,7 +62,7 @@ def plan(config: str | Path | None = None, *, preset: str | None = None, **setti
 
 
 def train(
-    config: str | Path | None = None, *, preset: str | None = None, resume: str | None = None, **settings: Any
+    config: str | Path | None = None, *, preset: str | None = None, resume: str | int | None = None, **settings: Any
 ) -> Path:
     """Train as ``zerofit train`` does, in processes of its own, to the end; returns the run folder.
 
@@ -83,7 +83,9 @@ def train(
     from .training.start import prepare_run
 
     source = Path(config) if config is not None else None
-    prepared = prepare_run(_resolve(config, preset, settings), Request(source, preset, resume=resume))
+    prepared = prepare_run(
+        _resolve(config, preset, settings), Request(source, preset, resume=None if resume is None else str(resume))
+    )
     assert prepared is not None  # only a dry run prepares nothing
     held = [prepared.lock.handle] if prepared.lock else []
     try:

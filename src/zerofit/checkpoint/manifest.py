@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,12 @@ from .pieces import Piece, changed
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-[0-9]{8,}")
 PROBE = "probe.safetensors"
+
+
+class CannotTell(CheckpointError):
+    """Another version wrote it, or the disk does not answer: it may be whole."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def read_manifest(folder: Path) -> Manifest:
         if outer["sha256"] != _hash_of(body):
             raise CheckpointError(f"Checkpoint {folder}: {MANIFEST} was changed after it was written; not loaded.")
         if body["format"] != FORMAT:
-            raise CheckpointError(
+            raise CannotTell(
                 f"Checkpoint {folder} has format {body['format']}; this version reads {FORMAT}. Use the version that "
                 f"wrote it, or a newer one."
             )
@@ -114,7 +120,8 @@ def read_manifest(folder: Path) -> Manifest:
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(
+        missing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise (CannotTell if missing else CheckpointError)(
             f"Checkpoint {folder} cannot be read ({type(error).__name__}: {error}). Resume from another checkpoint of "
             f"the run; `zerofit checkpoint list` shows which are whole."
         ) from error
@@ -168,8 +175,8 @@ def step_name(step: int) -> str:
 
 
 def step_folders(root: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted(path for path in root.glob("step-*") if path.is_dir())
+    """The run's checkpoints, oldest first. What a user keeps beside them under other names is none of them."""
+    return sorted(path for path in root.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir())
 
 
 def make_durable(*paths: Path) -> None:
@@ -177,7 +184,8 @@ def make_durable(*paths: Path) -> None:
     for path in paths:
         if os.name == "nt" and path.is_dir():
             continue
-        handle = os.open(path, os.O_RDONLY)
+        # Windows flushes only what was opened for writing; Unix opens no folder for it.
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(handle)
         finally:

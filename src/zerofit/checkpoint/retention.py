@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from uuid import uuid4
 from ..errors import CheckpointError
 from .manifest import (
     MANIFEST,
+    CannotTell,
     Manifest,
     make_durable,
     read_manifest,
@@ -57,10 +59,12 @@ def tag(root: Path, name: str, step: int) -> None:
     Raises:
         CheckpointError: the name is taken by training, is no plain word, or there is no such step.
     """
-    if name in POINTERS or not _TAG.match(name) or name.startswith("step-"):
+    taken = name.lower() in POINTERS or name.lower().startswith("step-")  # disks may not tell case
+    if taken or not _TAG.match(name) or name.lower().endswith((".yaml", ".yml", ".json")):
         raise CheckpointError(
             f"The tag {name!r} cannot be used: a tag is a word of letters, digits, '.', '_' and '-' that starts with a "
-            f"letter, and latest, best, final and step-… are taken. Choose another one."
+            f"letter and does not end like a configuration file, and latest, best, final and step-… are taken. Choose "
+            f"another one."
         )
     folder = root / step_name(step)
     if not (folder / MANIFEST).is_file():
@@ -84,7 +88,8 @@ def untag(root: Path, name: str) -> None:
 def publish(root: Path, work: Path, step: int, names: tuple[str, ...], retention: Retention) -> list[str]:
     """Give a finished folder its name, let `names` point to it, and prune. Returns what was removed.
 
-    A checkpoint of the same step (from a run that went another way) gives place only when the new one is there.
+    A checkpoint of the same step (from a run that went another way) gives place only when the new one is there; a name
+    that it had is not the new one's.
     """
     final = root / step_name(step)
     old = _aside(final) if final.exists() else None
@@ -92,9 +97,14 @@ def publish(root: Path, work: Path, step: int, names: tuple[str, ...], retention
     make_durable(root)
     for name in names:
         write_atomically(root / name, final.name + "\n")
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-    return prune(root, retention)
+    try:
+        if old is not None:
+            for name in [name for name, target in pointers(root).items() if target == final.name and name not in names]:
+                (root / name).unlink()
+            shutil.rmtree(old, ignore_errors=True)
+        return prune(root, retention)
+    except OSError:
+        return []  # what is too much can go next time; the new one is durable and named
 
 
 def prune(root: Path, retention: Retention, *, dry_run: bool = False) -> list[str]:
@@ -102,7 +112,10 @@ def prune(root: Path, retention: Retention, *, dry_run: bool = False) -> list[st
 
     The newest whole checkpoint always stays. Damaged folders count for nothing, and stay for their owner to see.
     """
-    manifests = {folder: found for folder in step_folders(root) if (found := _quick_look(folder)) is not None}
+    newest = pointers(root).get("latest", "step-9")
+    # Beyond `latest` lies what a run that went another way left: neither new nor in the way.
+    folders = [folder for folder in step_folders(root) if folder.name <= newest or not (root / newest).is_dir()]
+    manifests = {folder: found for folder in folders if (found := _quick_look(folder)) is not None}
     kept = _kept(manifests, retention) | set(pointers(root).values())
     gone = [folder for folder in manifests if folder.name not in kept]
     if not dry_run:
@@ -112,12 +125,26 @@ def prune(root: Path, retention: Retention, *, dry_run: bool = False) -> list[st
 
 
 def prune_damaged(root: Path, *, dry_run: bool = False) -> list[str]:
-    """Remove checkpoints with a broken manifest, or files that are missing or cut off; returns the names."""
-    gone = [folder for folder in step_folders(root) if _quick_look(folder) is None]
+    """Remove checkpoints with a broken manifest, or files that are missing or cut off; returns the names.
+
+    What another version wrote, or what the disk does not give out at the moment, stays.
+    """
+    gone = [folder for folder in step_folders(root) if _is_surely_damaged(folder)]
     if not dry_run:
         for folder in gone:
             shutil.rmtree(_aside(folder), ignore_errors=True)
     return [folder.name for folder in gone]
+
+
+def _is_surely_damaged(folder: Path) -> bool:
+    try:
+        return sizes_differ(folder, read_manifest(folder)) is not None
+    except CannotTell:
+        return False
+    except CheckpointError:
+        return True
+    except OSError:
+        return False
 
 
 def _kept(manifests: dict[Path, Manifest], retention: Retention) -> set[str]:
@@ -130,6 +157,7 @@ def _kept(manifests: dict[Path, Manifest], retention: Retention) -> set[str]:
             (loss, folder.name)
             for folder, m in manifests.items()
             if (loss := m.state.get("metrics", {}).get("val_loss")) is not None
+            and math.isfinite(loss)
             and m.state.get("metrics_step", m.step) == m.step
         ]
         kept |= {name for _, name in sorted(losses)[: retention.best]}
@@ -225,14 +253,14 @@ def damage_of(folder: Path) -> str | None:
 
 
 def _newest_first(root: Path) -> Iterator[Path]:
-    """What ``latest`` names first, then the older ones, then those that a run that went another way left behind."""
+    """What ``latest`` names, then the older ones; all when it names nothing that is there.
+
+    Not those beyond it: a run that went another way left them.
+    """
     named = pointers(root).get("latest")
     folders = step_folders(root)[::-1]
-    first = [folder for folder in folders if folder.name == named]
-    older = [folder for folder in folders if first and folder.name < first[0].name]
-    yield from first
-    yield from older
-    yield from (folder for folder in folders if folder not in first and folder not in older)
+    known = any(folder.name == named for folder in folders)
+    yield from (folder for folder in folders if not known or named is None or folder.name <= named)
 
 
 def locate(run: Path, which: str) -> Path:
@@ -243,12 +271,12 @@ def locate(run: Path, which: str) -> Path:
     """
     root = run / "checkpoints"
     named = pointers(root)
-    if which in named:
-        found = root / Path(named[which]).name
-    elif which.isdigit():
-        found = root / step_name(int(which))
-    elif which == "latest":
+    if which == "latest":
         found = next(_newest_first(root), root / "none")
+    elif which in named:
+        found = root / Path(named[which]).name
+    elif which.isascii() and which.isdecimal():
+        found = root / step_name(int(which))
     else:
         found = Path(which)
         if not (found / MANIFEST).is_file() and (found / "checkpoints").is_dir():

@@ -139,7 +139,7 @@ class Saver:
         else:
             save.write(self._memory.fill(fragments, self.stream, reuse=True))
             save.start([])
-            self.finish()
+            save.join()  # `finish` tells the caller what came of it
         return True
 
     def finish(self) -> bool:
@@ -170,6 +170,7 @@ class Saver:
     def has_room(self) -> bool:
         """Whether the disk would take another checkpoint now."""
         try:
+            self.root.mkdir(parents=True, exist_ok=True)
             return shutil.disk_usage(self.root).free >= self.checkpoint_bytes + SPARE_BYTES
         except OSError:
             return False
@@ -241,6 +242,12 @@ class _Save:
 
     def _finish_own_part(self) -> None:
         """Leave ``rank-N.json`` or ``rank-N.failed`` for rank 0."""
+        try:
+            self._leave_word()
+        finally:
+            self.own_part.set()
+
+    def _leave_word(self) -> None:
         rank, writer = self.saver.world.rank, self._writer
         files = {name: [file.size_bytes, [vars(piece) for piece in file.pieces]] for name, file in writer.files.items()}
         try:
@@ -249,11 +256,11 @@ class _Save:
         except OSError as error:
             self.failure = _in_words(error)
         if self.failure is not None:
-            for path in self.work.glob(f"rank-{rank:05d}-*"):
-                path.unlink(missing_ok=True)  # makes room for the word that there is none
+            with suppress(OSError):
+                for path in self.work.glob(f"rank-{rank:05d}-*"):
+                    path.unlink(missing_ok=True)  # makes room for the word that there is none
             with suppress(OSError):
                 _write_small(self.work / f"rank-{rank:05d}.failed", self.failure)
-        self.own_part.set()
 
     def _publish(self) -> Outcome:
         """Rank 0: wait for all parts, write the manifest, give the folder its name, move pointers, prune."""

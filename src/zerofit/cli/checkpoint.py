@@ -110,6 +110,8 @@ def tag(
 
     run = _run_of(run)
     root = run / "checkpoints"
+    if remove and step is not None:
+        raise CheckpointError("--remove takes a name away from whatever it names; leave out --step.")
     if remove:
         retention.untag(root, name)
         print(f"{name} names no checkpoint any more.")
@@ -137,10 +139,13 @@ def _folders(run: Path) -> list[Path]:
 
 def _run_of(path: Path) -> Path:
     """The run folder: the path itself, or what holds the ``checkpoints`` folder or step folder that it names."""
-    path = path.absolute()
-    for candidate in (path, path.parent, path.parent.parent):
-        if (candidate / "checkpoints").is_dir():
-            return candidate
+    place = path.absolute()
+    if place.name.startswith("step-"):
+        place = place.parent
+    if place.name == "checkpoints":
+        place = place.parent
+    if path.exists() and (place / "checkpoints").is_dir():
+        return place
     raise CheckpointError(f"{path} is no run folder: there is no folder `checkpoints` in it. Give runs/NAME.")
 
 

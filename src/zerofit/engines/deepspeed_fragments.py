@@ -110,7 +110,12 @@ class _ShardedPartition(Partition):
     def opened(self, write: bool) -> Iterator[None]:
         if self.swaps:
             self.optimizer._optimizer_states_and_gradient_swap_in(self.index)
-        yield
+        try:
+            yield
+        except BaseException:  # a reader that gives up, a disk that is full: the buffers are needed again
+            if self.swaps:
+                self.optimizer._release_swap_buffers(self.index)
+            raise
         if self.swaps and write:
             self.optimizer._optimizer_states_and_gradient_swap_out(self.index)
         elif self.swaps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,21 @@ class EventLog:
 
     def __init__(self, path: Path, enabled: bool) -> None:
         """Other ranks than the main one pass ``enabled=False`` and write nothing."""
-        self._file = path.open("a", encoding="utf-8") if enabled else None
+        # Not buffered: what could not be written is not tried again when the file is closed.
+        self._file = path.open("ab", buffering=0) if enabled else None
+        self._lost = False
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one event. Numbers that are not finite become their name (JSON has none): "nan", "inf", "-inf"."""
-        if self._file is not None:
-            self._file.write(json.dumps({"kind": kind, **{k: _finite(v) for k, v in fields.items()}}) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        line = json.dumps({"kind": kind, **{k: _finite(v) for k, v in fields.items()}}) + "\n"
+        try:
+            self._file.write(line.encode())
+        except OSError as error:  # a full disk must not end training
+            if not self._lost:
+                print(f"Warning: {self._file.name} cannot be written ({error}); events are lost.", file=sys.stderr)
+            self._lost = True
 
     def close(self) -> None:
         """Close the file."""

@@ -26,10 +26,11 @@ class RunLock:
     def give_up(self, folder: Path) -> None:
         """Release it before anything was started; a folder that holds nothing else goes again."""
         with contextlib.suppress(OSError):
+            if {path.name for path in folder.iterdir()} == {LOCK}:
+                (folder / LOCK).unlink()  # while it is held: nobody else's goes
+                folder.rmdir()
+        with contextlib.suppress(OSError):
             os.close(self.handle)
-        if {path.name for path in folder.iterdir()} == {LOCK}:
-            (folder / LOCK).unlink()
-            folder.rmdir()
 
 
 def acquire_run(folder: Path) -> RunLock:
