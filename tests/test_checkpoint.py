@@ -165,6 +165,69 @@ def test_ranks_save_together_or_not_at_all(tmp_path: Path, failing: int | None) 
     assert found.tolist() == list(range(2, 26))  # type: ignore[union-attr]
 
 
+def test_a_failed_save_that_training_waited_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = make_saver(tmp_path, asynchronous=False)
+    monkeypatch.setattr(saver.BlockWriter, "write", _no_space)
+    assert own.begin(request(1), fragments([]), NOTHING_HELD)
+    assert not own.finish()
+    assert [outcome.folder for outcome in own.told()] == [None]
+    own.close()
+
+
+def test_a_writer_that_cannot_even_clean_up_still_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = make_saver(tmp_path)
+
+    def no_unlink(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(saver, "_write_small", _no_space)
+    monkeypatch.setattr(Path, "unlink", no_unlink)
+    own.begin(request(1), fragments([]), NOTHING_HELD)
+    assert not own.finish()
+    monkeypatch.undo()
+    own.close()
+
+
+def test_a_prune_that_fails_does_not_undo_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, ())
+
+    def refuse(folder: Path) -> Path:
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(retention, "_aside", refuse)
+    folder = save(tmp_path, 2, (), keep=1)
+    assert (tmp_path / "latest").read_text().strip() == folder.name
+
+
+def test_what_a_user_keeps_beside_checkpoints_is_left_alone(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, ())
+    (tmp_path / "step-00000001-backup").mkdir()
+    (tmp_path / "step-1000").mkdir()
+    other = save(tmp_path, 4, ())
+    rewrite(other, lambda body: body.update(format=99), rehash=True)  # a newer version's
+    assert retention.prune_damaged(tmp_path) == []
+    retention.prune(tmp_path, Retention(1))
+    assert {"step-00000001-backup", "step-1000", "step-00000004"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_after_going_back_the_new_branch_is_what_is_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 8, 9):
+        save(tmp_path, step, (), *(("latest", "best") if step == 8 else ("latest",)), keep=9)
+    (tmp_path / "latest").write_text("step-00000002\n")
+    for step in (3, 4, 8):
+        save(tmp_path, step, (), keep=2)
+    assert names(tmp_path) == [4, 8, 9]
+    assert not (tmp_path / "best").exists()  # it named other weights of step 8
+
+
+def test_losses_that_are_no_numbers_are_not_the_best(tmp_path: Path) -> None:
+    for step, loss in {1: 2.0, 2: float("nan"), 3: 1.0, 4: 5.0}.items():
+        save(tmp_path, step, (), keep=9, state={"metrics": {"val_loss": loss}, "metrics_step": step})
+    retention.prune(tmp_path, Retention(1, best=2))
+    assert names(tmp_path) == [1, 3, 4]
+
+
 def test_without_room_nothing_is_touched(tmp_path: Path) -> None:
     own = make_saver(tmp_path)
     own.checkpoint_bytes = 1 << 60
@@ -385,7 +448,7 @@ def test_the_only_whole_checkpoint_is_never_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["latest", "step-00000001", "../x", "", "a/b", ".hidden", "a b"])
+@pytest.mark.parametrize("name", ["latest", "Latest", "step-00000001", "../x", "", "a/b", ".hidden", "a b", "x.yaml"])
 def test_tags_are_plain_words(tmp_path: Path, name: str) -> None:
     save(tmp_path, 1, ())
     with pytest.raises(CheckpointError, match="tag"):

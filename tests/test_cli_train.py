@@ -98,9 +98,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     def prepare_run(resolved: Any, request: Any) -> Any:
         seen.append((resolved.config.seed, request.default_name, request.resume, request.dry_run))
         prepared = {"processes": 2, "worker_arguments": ["--run", "x"], "log_dir": Path("logs")}
-        return None if request.dry_run else SimpleNamespace(lock=SimpleNamespace(handle=7), **prepared)
+        held = {"lock": SimpleNamespace(handle=7), "stop_grace_seconds": 30.0}
+        return None if request.dry_run else SimpleNamespace(**held, **prepared)
 
-    def launch(processes: int, arguments: list[str], *, log_dir: Path, inherited: list[int]) -> int:
+    def launch(
+        processes: int, arguments: list[str], *, log_dir: Path, inherited: list[int], stop_grace_seconds: float
+    ) -> int:
         seen.append((processes, arguments, log_dir, inherited))
         return 3
 

@@ -151,6 +151,39 @@ def test_a_new_run_from_nanogpt(work: Path) -> None:
     assert not (work / "runs" / "m").exists()
 
 
+def test_going_back_behind_a_tag_is_refused(work: Path) -> None:
+    zerofit(work, "checkpoint", "tag", "runs/a", "paper")
+    said = train(work, "a", "--resume", "4", code=2).stderr
+    assert "The tag paper names step-00000008" in said
+    zerofit(work, "checkpoint", "tag", "runs/a", "paper", "--remove")
+    train(work, "a", "--resume", "4")
+
+
+def test_resuming_by_path(work: Path) -> None:
+    (work / "c.yaml").write_text(CONFIG.replace("name: {name}\n", ""))
+    zerofit(work, "train", "c.yaml", "--resume", "runs/a/checkpoints/step-00000008", "--max-steps", "9")
+    assert max(losses(work, "a")) == 9
+    shutil.copytree(work / "runs" / "a", work / "runs" / "z")
+    assert "another run" in train(work, "z", "--resume", "runs/a/checkpoints/step-00000008", code=2).stderr
+
+
+def test_wrong_places_are_refused(work: Path) -> None:
+    for place in ("runs/typo", "checkpoints"):
+        done = subprocess.run(
+            [sys.executable, "-m", "zerofit.cli.main", "checkpoint", "prune", place, "--keep", "1"],
+            cwd=work / "runs" / "a", capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode == 2) is (place == "runs/typo")
+    step = "runs/a/checkpoints/step-00000008"
+    assert (
+        "no run with several" in zerofit(work, "export", step, "o.pt", "--to", "pt", "--checkpoint", "4", code=2).stderr
+    )
+    assert (
+        "leaves nothing to train" in train(work, "b", "--load-checkpoint", "runs/a", "--max-steps", "8", code=2).stderr
+    )
+    assert "no name of a folder" in train(work, "../out", code=2).stderr
+
+
 def test_one_command_at_a_time(work: Path) -> None:
     (work / "c.yaml").write_text(CONFIG.format(name="a"))
     command = [sys.executable, "-m", "zerofit.cli.main", "train", "c.yaml", "--resume", "--max-steps", "1000000"]

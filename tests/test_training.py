@@ -82,6 +82,16 @@ def test_events_are_json_even_when_numbers_are_not_finite(tmp_path: Path) -> Non
     json.loads((tmp_path / "events.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
 
 
+def test_a_full_disk_loses_events_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    log = EventLog(Path("/dev/full"), enabled=True)
+    for step in (1, 2):
+        log.write("step", step=step)
+    log.close()
+    assert capsys.readouterr().err.count("events are lost") == 1
+
+
 class FullDisk:
     """A saver whose disk has no room until `free` is set; its saves are durable at once."""
 

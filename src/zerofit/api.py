@@ -89,7 +89,13 @@ def train(
     assert prepared is not None  # only a dry run prepares nothing
     held = [prepared.lock.handle] if prepared.lock else []
     try:
-        code = launch(prepared.processes, prepared.worker_arguments, log_dir=prepared.log_dir, inherited=held)
+        code = launch(
+            prepared.processes,
+            prepared.worker_arguments,
+            log_dir=prepared.log_dir,
+            inherited=held,
+            stop_grace_seconds=prepared.stop_grace_seconds,
+        )
     finally:
         if prepared.lock:
             prepared.lock.give_up(prepared.folder)

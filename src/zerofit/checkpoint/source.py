@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,9 +65,21 @@ def open_source(path: Path, model: ModelConfig | None, *, verified: bool = False
 def own_checkpoint(path: Path, which: str = "latest") -> Saved | None:
     """A checkpoint that zerofit wrote, whole; None when `path` is something else."""
     if (path / MANIFEST).is_file():
+        _refuse_choice(path, which)
         return open_checkpoint(find_whole(path, str(path)).folder)
-    if step_folders(path / "checkpoints"):
-        return open_checkpoint(find_whole(path, which).folder)
-    if path.name == "checkpoints" and step_folders(path):
-        return open_checkpoint(find_whole(path.parent, which).folder)
-    return None
+    run = path.parent if path.name == "checkpoints" else path
+    if not step_folders(run / "checkpoints"):
+        if path.exists():
+            _refuse_choice(path, which)
+        return None
+    found = find_whole(run, which)
+    for skipped in found.skipped:
+        print(f"Warning: passed over a damaged checkpoint, {skipped}.", file=sys.stderr)
+    return open_checkpoint(found.folder)
+
+
+def _refuse_choice(path: Path, which: str) -> None:
+    if which != "latest":
+        raise CheckpointError(
+            f"The checkpoint {which!r} was asked for, and {path} is no run with several to choose from. Leave it out."
+        )

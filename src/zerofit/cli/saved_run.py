@@ -18,12 +18,14 @@ def open_run(run: Path, which: str) -> Saved:
         CheckpointError: there is none, or it is damaged.
     """
     from ..checkpoint.manifest import MANIFEST
-    from ..checkpoint.retention import find_whole
-    from ..checkpoint.store import open_checkpoint
+    from ..checkpoint.source import own_checkpoint
 
     if not run.is_dir():
         raise CheckpointError(f"No run folder {run}. Give a folder under runs/, or a step folder of its checkpoints.")
-    return open_checkpoint(find_whole(run, str(run) if (run / MANIFEST).is_file() else which).folder)
+    found = own_checkpoint(run, "latest" if (run / MANIFEST).is_file() else which)
+    if found is None:
+        raise CheckpointError(f"{run} holds no checkpoints. Give a folder under runs/ that has some.")
+    return found
 
 
 def data_folder(saved: Saved, given: Path | None) -> Path:

@@ -31,7 +31,13 @@ def run_train(arguments: Sequence[str]) -> None:
     prepared = prepare_run(resolved, request)
     if prepared is not None:
         held = [prepared.lock.handle] if prepared.lock else []
-        code = launch(prepared.processes, prepared.worker_arguments, log_dir=prepared.log_dir, inherited=held)
+        code = launch(
+            prepared.processes,
+            prepared.worker_arguments,
+            log_dir=prepared.log_dir,
+            inherited=held,
+            stop_grace_seconds=prepared.stop_grace_seconds,
+        )
         raise typer.Exit(code)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import DoesNotFit, Interrupted, RequestError
 from .diagnose import describe_exit, is_device_out_of_memory, tail
-from .ranks import Outcome, run_ranks
+from .ranks import STOP_GRACE_SECONDS, Outcome, run_ranks
 
 
 def launch(
@@ -20,6 +20,7 @@ def launch(
     module: str = "zerofit.training.worker",
     environment: Mapping[str, str] | None = None,
     inherited: Sequence[int] = (),
+    stop_grace_seconds: float = STOP_GRACE_SECONDS,
 ) -> int:
     """Run ``python -m module arguments`` as ``processes`` ranks, to the end, and report a rank that died.
 
@@ -33,13 +34,21 @@ def launch(
         module: what every rank runs.
         environment: added to this process's environment.
         inherited: open files that the ranks keep open too (the run's lock).
+        stop_grace_seconds: what ranks have for saving after a request to stop.
 
     Returns:
         0 when every rank succeeded; 2, 3 or 4 when the ranks ended with it (and have said why); else 1, and what
         happened stands on standard error.
     """
     command = [sys.executable, "-m", module, *arguments]
-    outcome = run_ranks(command, processes, log_dir=log_dir, environment=environment, inherited=inherited)
+    outcome = run_ranks(
+        command,
+        processes,
+        log_dir=log_dir,
+        environment=environment,
+        inherited=inherited,
+        stop_grace_seconds=stop_grace_seconds,
+    )
     code = exit_code(outcome)
     if code == 1:
         print(report(outcome, log_dir), file=sys.stderr)

@@ -78,6 +78,7 @@ def run_ranks(
     terminal: bool = True,
     time_limit_seconds: float = float("inf"),
     inherited: Sequence[int] = (),
+    stop_grace_seconds: float = STOP_GRACE_SECONDS,
 ) -> Outcome:
     """Run ``processes`` copies of ``command`` as the ranks of one job, to the end.
 
@@ -95,13 +96,14 @@ def run_ranks(
             to its log like the others.
         time_limit_seconds: after that everything is killed.
         inherited: open files that the ranks keep open too (a lock).
+        stop_grace_seconds: what ranks have for saving after a request to stop.
     """
     before = oom_kills() or 0
     started = time.monotonic()
     with _received_signals() as received:
         ranks = _Ranks(command, processes, log_dir, environment or {}, terminal, inherited)
         try:
-            watch = _Watch(ranks, received, started + time_limit_seconds)
+            watch = _Watch(ranks, received, started + time_limit_seconds, stop_grace_seconds)
             while watch.step():
                 time.sleep(POLL_SECONDS)
         finally:
@@ -120,7 +122,8 @@ def run_ranks(
 class _Watch:
     """Decides, poll by poll, who has to be asked to stop and who has to be killed."""
 
-    def __init__(self, ranks: _Ranks, received: list[int], time_limit: float) -> None:
+    def __init__(self, ranks: _Ranks, received: list[int], time_limit: float, stop_grace_seconds: float) -> None:
+        self._stop_grace_seconds = stop_grace_seconds
         self.failed: list[int] = []
         self.stopped_by: int | None = None
         self.timed_out = False
@@ -151,7 +154,7 @@ class _Watch:
             self._ranks.kill()
             return
         self._ranks.send(FORWARDED[signal.Signals(number)])
-        self._kill_within(STOP_GRACE_SECONDS)
+        self._kill_within(self._stop_grace_seconds)
 
     def _notice_failures(self, ended: Mapping[int, int]) -> None:
         new = [rank for rank, code in ended.items() if code and rank not in self.failed]
@@ -163,7 +166,7 @@ class _Watch:
         if not (first and new):
             return
         if ended[new[0]] in OWN_EXIT_CODES:
-            self._kill_within(STOP_GRACE_SECONDS)
+            self._kill_within(self._stop_grace_seconds)
         else:
             self._ranks.send(signal.SIGTERM)
             self._kill_within(DEATH_GRACE_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from .. import __version__
@@ -73,20 +74,24 @@ class Checkpoints:
         self.tell()
         return begun
 
-    def save_now(self, progress: Progress, best: bool, patience_seconds: float) -> None:
-        """Save and return when it is durable; tries again for as long as `patience_seconds`.
+    def save_now(
+        self, progress: Progress, best: bool, patience_seconds: float, asked_to_stop: Callable[[], bool]
+    ) -> None:
+        """Save and return when it is durable; tries again for `patience_seconds`, unless somebody asks to stop.
 
         Raises:
             TrainingFailed: it could not be written; older checkpoints are whole.
         """
         deadline = time.monotonic() + patience_seconds
         while not (self.save(progress, best) and self.finish()):
-            if not agree(time.monotonic() < deadline, self.world):
+            if not agree(time.monotonic() < deadline and not asked_to_stop(), self.world):
                 raise TrainingFailed(
                     f"Step {progress.step} could not be saved in {self.saver.root} (see the warning above). Older "
                     f"checkpoints are whole. Make room and continue with --resume."
                 )
-            time.sleep(RETRY_SECONDS)
+            until = time.monotonic() + RETRY_SECONDS
+            while time.monotonic() < until and not asked_to_stop():
+                time.sleep(0.1)
 
     def finish(self) -> bool:
         """Wait for the save under way, and tell what became of it. False when it failed."""

@@ -90,7 +90,7 @@ class Trainer:
         """Between two steps: evaluate and save what is due or, with `save`, asked for. Its time is not the step's."""
         improved = self._evaluation_is_due(done) and self._evaluate(done)
         if self._save_is_due(done) and done == self.config.max_steps:
-            self.checkpoints.save_now(self.progress, improved, FINAL_PATIENCE_SECONDS)
+            self.checkpoints.save_now(self.progress, improved, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
         elif save or self._save_is_due(done) or (improved and self.config.save_on_improvement):
             self.checkpoints.save(self.progress, improved)
         self.mark = time.perf_counter()
@@ -167,8 +167,11 @@ class Trainer:
             self.progress.best_loss, self.progress.best_step = metrics["val_loss"], done
         return improved
 
+    def _asked_to_stop(self) -> bool:
+        return bool(self.stop.wishes & STOP)
+
     def _interrupt(self, done: int) -> None:
-        self.checkpoints.save_now(self.progress, best=False, patience_seconds=0)
+        self.checkpoints.save_now(self.progress, False, 0, self._asked_to_stop)
         self.events.write("interrupted", step=done)
         raise Interrupted(f"Stopped at step {done} on request and saved. Continue with --resume.")
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..checkpoint.manifest import write_atomically
 from ..config.load import ResolvedConfig, dump_resolved
 from ..errors import ConfigError
 from ..planning.hardware import Hardware
@@ -29,7 +31,12 @@ def choose_folder(resolved: ResolvedConfig, default_name: str, resume: str | Non
         ConfigError: the name is taken, or there is nothing to resume.
     """
     config = resolved.config
-    root = config.runs_dir / (config.name or default_name)
+    name = config.name
+    if name is not None and (not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts):
+        raise ConfigError(f"name {name!r} is no name of a folder below runs_dir {config.runs_dir}. Choose a plain one.")
+    if resume is not None and name is None and (run := _run_of_checkpoint(Path(resume))) is not None:
+        return run
+    root = config.runs_dir / (name or default_name)
     if resume is not None:
         return _folder_to_resume(config.runs_dir, root, config.name is None)
     if not _is_used(root):
@@ -40,6 +47,14 @@ def choose_folder(resolved: ResolvedConfig, default_name: str, resume: str | Non
             f"choose another --name."
         )
     return next(path for path in _numbered(root) if not _is_used(path))
+
+
+def _run_of_checkpoint(path: Path) -> Path | None:
+    """The run that a path given to ``--resume`` lies in, or is."""
+    for run in (path, path.parent.parent):
+        if path.is_dir() and _is_used(run):
+            return run
+    return None
 
 
 def _folder_to_resume(runs_dir: Path, root: Path, numbered: bool) -> Path:
@@ -64,19 +79,29 @@ def _numbered(root: Path) -> Iterator[Path]:
 
 
 def _is_used(root: Path) -> bool:
-    return (root / "plan.json").exists()
+    return (root / "plan.json").exists() or any(root.glob("checkpoints/step-*"))
 
 
 def write_run_folder(root: Path, resolved: ResolvedConfig, plan: Plan, hardware: Hardware) -> None:
     """Write ``config.yaml``, ``plan.json`` and ``environment.json``. Earlier plans are kept beside the new one."""
-    (root / "checkpoints").mkdir(parents=True, exist_ok=True)
     plan_file = root / "plan.json"
-    if plan_file.exists():
-        number = len(list(root.glob("plan-*.json"))) + 1
-        plan_file.rename(root / f"plan-{number}.json")
-    (root / "config.yaml").write_text(dump_resolved(resolved), encoding="utf-8")
-    plan_file.write_text(plan.model_dump_json(indent=1), encoding="utf-8")
-    (root / "environment.json").write_text(json.dumps(_environment(hardware), indent=1), encoding="utf-8")
+    texts = {
+        "config.yaml": dump_resolved(resolved),
+        "environment.json": json.dumps(_environment(hardware), indent=1),
+        "plan.json": plan.model_dump_json(indent=1),
+    }
+    try:
+        (root / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if plan_file.exists():
+            number = len(list(root.glob("plan-*.json"))) + 1
+            shutil.copyfile(plan_file, root / f"plan-{number}.json")
+        for name, text in texts.items():
+            write_atomically(root / name, text)
+    except OSError as error:
+        raise ConfigError(
+            f"The run folder {root} cannot be written to ({error.strerror}). Free some disk, mend its permissions, or "
+            f"choose another runs_dir."
+        ) from error
 
 
 def _environment(hardware: Hardware) -> dict[str, object]:

@@ -11,13 +11,13 @@ from typing import Literal, cast
 from rich.console import Console
 
 from ..checkpoint import retention
-from ..checkpoint.manifest import check_same_model, read_manifest
+from ..checkpoint.manifest import check_same_model, read_manifest, step_name
 from ..config.arguments import Request
 from ..config.load import ResolvedConfig
 from ..config.schema import Config
 from ..data.prepare import is_prepared, prepare
 from ..data.tokens import check_data, fingerprint, vocabulary_size
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..planning.choose import Choice, choose
 from ..planning.explain import print_choice
 from ..planning.hardware import Hardware, probe
@@ -30,6 +30,9 @@ from .run_folder import choose_folder, write_run_folder
 #: Where weights come from: computed from the seed; a checkpoint of this run; a checkpoint of another run or tool with
 #: its step and optimizer, or its weights alone.
 How = Literal["fresh", "resume", "load", "weights"]
+
+
+SLOW_DISK_BYTES_PER_SECOND = 200e6
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,14 @@ class PreparedRun:
     def worker_arguments(self) -> list[str]:
         """Arguments of ``python -m zerofit.training.worker``."""
         return ["--run", str(self.folder), *self.start.arguments()]
+
+    @property
+    def stop_grace_seconds(self) -> float:
+        """What the ranks have after a request to stop: for their step, a save under way and one more, on a slow disk.
+
+        A batch system may give less (Slurm: 30 s unless it is told otherwise).
+        """
+        return 30.0 + 2 * checkpoint_bytes(self.plan) / SLOW_DISK_BYTES_PER_SECOND
 
     @property
     def log_dir(self) -> Path:
@@ -195,6 +206,8 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
         for skipped in found.skipped:
             _say(console, f"Warning: passed over a damaged checkpoint, {skipped}.", style="yellow")
         manifest = read_manifest(found.folder)
+        _refuse_another_run(folder, found.folder)
+        _refuse_tags_ahead(folder, manifest.step)
         check_resumable(found.folder, manifest, config, plan, fingerprint(config.data.path))
         if manifest.step >= config.max_steps:
             _say(console, f"Step {manifest.step} of {config.max_steps} is done; raise --max-steps to train on.")
@@ -205,11 +218,36 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
 
         source = open_source(start.checkpoint, plan.model)
         check_same_model(source.folder, source.shapes(), plan.model)
+        if start.how == "load" and (source.step or 0) >= config.max_steps:
+            raise ConfigError(
+                f"{source.folder} is of step {source.step}, and max_steps {config.max_steps} leaves nothing to train. "
+                f"Raise --max-steps, or take the weights alone with --weights-only."
+            )
         for note in source.notes if start.how == "load" else ():
             _say(console, note)
         # Of another tool's folder the ranks look at all that lies there, as was done here.
         return Start(start.how, source.folder if isinstance(source, Saved) else start.checkpoint)
     return start
+
+
+def _refuse_another_run(folder: Path, checkpoint: Path) -> None:
+    if checkpoint.absolute().parent.parent != folder.absolute():
+        raise CheckpointError(
+            f"--resume {checkpoint}: that checkpoint belongs to another run than {folder}, and a resumed run goes on "
+            f"in its own folder. Name its run with --name, or start a new run with --load-checkpoint {checkpoint}."
+        )
+
+
+def _refuse_tags_ahead(folder: Path, step: int) -> None:
+    """A tag promises that its checkpoint stays; going back would train its step again and replace it."""
+    root = folder / "checkpoints"
+    for name, target in retention.pointers(root).items():
+        if name not in retention.POINTERS and target > step_name(step):
+            raise CheckpointError(
+                f"The tag {name} names {target}, and going on from step {step} would come to that step again with "
+                f"other weights. Start a new run with --load-checkpoint {root / step_name(step)}, or take the tag away with "
+                f"`zerofit checkpoint tag {folder} {name} --remove`."
+            )
 
 
 def _forecast_disk(folder: Path, config: Config, plan: Plan, console: Console) -> None:
