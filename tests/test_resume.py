@@ -160,7 +160,7 @@ def test_going_back_behind_a_tag_is_refused(work: Path) -> None:
 
 
 def test_resuming_by_path(work: Path) -> None:
-    (work / "c.yaml").write_text(CONFIG.replace("name: {name}\n", ""))
+    (work / "c.yaml").write_text(CONFIG.replace("name: {name}\n", "").format())
     zerofit(work, "train", "c.yaml", "--resume", "runs/a/checkpoints/step-00000008", "--max-steps", "9")
     assert max(losses(work, "a")) == 9
     shutil.copytree(work / "runs" / "a", work / "runs" / "z")

@@ -245,8 +245,8 @@ def _refuse_tags_ahead(folder: Path, step: int) -> None:
         if name not in retention.POINTERS and target > step_name(step):
             raise CheckpointError(
                 f"The tag {name} names {target}, and going on from step {step} would come to that step again with "
-                f"other weights. Start a new run with --load-checkpoint {root / step_name(step)}, or take the tag away with "
-                f"`zerofit checkpoint tag {folder} {name} --remove`."
+                f"other weights. Start a new run with --load-checkpoint {root / step_name(step)}, or take the tag away "
+                f"with `zerofit checkpoint tag {folder} {name} --remove`."
             )
 
 
