@@ -2,6 +2,7 @@
 
     python benchmarks/planner_memory.py --predict-only --out benchmarks/results/DATE-predictions.json
     python benchmarks/planner_memory.py --predictions benchmarks/results/DATE-predictions.json --out measured.json
+    python benchmarks/planner_memory.py --measured measured.json
 
 Each case runs in processes of its own. Cases that need fewer GPUs than there are run side by side, and while one
 measures, the next one on its GPUs is already importing: it waits at a gate before it touches them. Synthetic tokens,
@@ -128,12 +129,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("planner_memory.json"))
     parser.add_argument("--predict-only", action="store_true")
     parser.add_argument("--predictions", type=Path, help="of --predict-only; default: predict now")
+    parser.add_argument("--measured", type=Path, nargs="+", help="print the errors of these files, then and now")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no case after that")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--case", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         run_case(args.case, args.small)
+        return
+    if args.measured:
+        compare(args.measured)
         return
     names = [n for n in (args.cases.split(",") if args.cases else CASES) if CASES[n]["gpus"] <= args.gpus]
     predicted = predictions(names, args)
@@ -271,6 +276,23 @@ class Schedule:
     def _write(self) -> None:
         head = {"date": date.today().isoformat(), "gpus": self.args.gpus, "not_started": self.waiting}
         self.args.out.write_text(json.dumps({**head, "rows": self.rows}, indent=1), encoding="utf-8")
+
+
+def compare(paths: list[Path]) -> None:
+    """The errors of the predictions that were made before measuring, and of this version's."""
+    from zerofit.planning.memory import predict_memory
+    from zerofit.planning.plan import Plan
+
+    rows: dict[str, Any] = {}
+    for path in paths:
+        rows |= json.loads(path.read_text(encoding="utf-8"))["rows"]
+    print("as predicted before they were measured")
+    summarise(rows)
+    for row in rows.values():
+        if row["status"] == "ok":
+            row["predicted"] = asdict(predict_memory(Plan.model_validate(row["plan"])))
+    print("as this version predicts them")
+    summarise(rows)
 
 
 def used_bytes(gpus: int) -> list[int]:

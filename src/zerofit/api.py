@@ -79,7 +79,7 @@ def train(
         TrainingFailed: a rank failed; its last words were printed.
     """
     from .config.arguments import Request
-    from .launch.local import launch
+    from .launch.local import launch_run
     from .training.start import prepare_run
 
     source = Path(config) if config is not None else None
@@ -87,15 +87,8 @@ def train(
         _resolve(config, preset, settings), Request(source, preset, resume=None if resume is None else str(resume))
     )
     assert prepared is not None  # only a dry run prepares nothing
-    held = [prepared.lock.handle] if prepared.lock else []
     try:
-        code = launch(
-            prepared.processes,
-            prepared.worker_arguments,
-            log_dir=prepared.log_dir,
-            inherited=held,
-            stop_grace_seconds=prepared.stop_grace_seconds,
-        )
+        code = launch_run(prepared)
     finally:
         if prepared.lock:
             prepared.lock.give_up(prepared.folder)

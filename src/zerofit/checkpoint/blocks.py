@@ -97,11 +97,6 @@ class Block:
             self._copied.synchronize()
             self._copied = None
 
-    def wait_on_device(self) -> None:
-        """Let what the current stream does from now on wait for the copies."""
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
-
     def _copy(self) -> None:
         for run in self._runs:
             source = run.first.detach().as_strided((run.length,), (1,))

@@ -25,7 +25,6 @@ from .foreign.sources import intervals
 from .outgoing import DTYPES, Outgoing, Readable
 
 #: What ``--to`` takes.
-TARGETS = ("pt", "safetensors", "huggingface", "deepspeed")
 #: Room for headers and small files.
 SPARE_BYTES = 16 << 20
 
@@ -70,7 +69,7 @@ def export(
         source: a checkpoint of a run (`store.Saved`) or of another program (`foreign.Foreign`).
         model: its shape.
         out: ``pt``: the file. ``safetensors``: a folder, or a file when its name ends so. Else a folder.
-        to: one of `TARGETS`.
+        to: a key of `FORMATS`.
         dtype: ``fp32``, ``bf16`` or ``fp16``: of the weights. DeepSpeed's masters and moments stay fp32.
         shard_bytes: largest file of the formats that may be cut.
         force: replace an earlier export at `out`. Anything else that lies there is never replaced.

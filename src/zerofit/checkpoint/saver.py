@@ -121,7 +121,8 @@ class Saver:
     def begin(self, request: Request, fragments: Iterable[Fragment], hold_updates: HoldUpdates) -> bool:
         """Save. Collective. Waits for the save before this one.
 
-        With `asynchronous` it returns when the copying has begun, else when all is durable.
+        With `asynchronous` it returns when the copying has begun, else when this rank's part is written; `finish`
+        tells what came of it.
 
         Returns:
             False when the disk has no room on some rank; then nothing was touched.
@@ -139,7 +140,6 @@ class Saver:
         else:
             save.write(self._memory.fill(fragments, self.stream, reuse=True))
             save.start([])
-            save.join()  # `finish` tells the caller what came of it
         return True
 
     def finish(self) -> bool:

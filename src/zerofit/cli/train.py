@@ -17,7 +17,7 @@ IMAGE_FOLDER = Path("data/train")
 
 def run_train(arguments: Sequence[str]) -> None:
     """Plan, launch and train; show the plan before anything is started."""
-    from ..launch.local import launch
+    from ..launch.local import launch_run
     from ..training.start import prepare_run
 
     if "--check-memory" in arguments or "--check_memory" in arguments:
@@ -30,15 +30,7 @@ def run_train(arguments: Sequence[str]) -> None:
     resolved = load_config(request.source, request.preset, request.overrides)
     prepared = prepare_run(resolved, request)
     if prepared is not None:
-        held = [prepared.lock.handle] if prepared.lock else []
-        code = launch(
-            prepared.processes,
-            prepared.worker_arguments,
-            log_dir=prepared.log_dir,
-            inherited=held,
-            stop_grace_seconds=prepared.stop_grace_seconds,
-        )
-        raise typer.Exit(code)
+        raise typer.Exit(launch_run(prepared))
 
 
 def _refuse_what_train_lacks(request: Request) -> None:

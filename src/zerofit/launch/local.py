@@ -6,10 +6,14 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import DoesNotFit, Interrupted, RequestError
 from .diagnose import describe_exit, is_device_out_of_memory, tail
 from .ranks import STOP_GRACE_SECONDS, Outcome, run_ranks
+
+if TYPE_CHECKING:
+    from ..training.start import PreparedRun
 
 
 def launch(
@@ -53,6 +57,17 @@ def launch(
     if code == 1:
         print(report(outcome, log_dir), file=sys.stderr)
     return code
+
+
+def launch_run(prepared: PreparedRun) -> int:
+    """Run the ranks of a prepared run, which hold its lock; see `launch`."""
+    return launch(
+        prepared.processes,
+        prepared.worker_arguments,
+        log_dir=prepared.log_dir,
+        inherited=[prepared.lock.handle] if prepared.lock else [],
+        stop_grace_seconds=prepared.stop_grace_seconds,
+    )
 
 
 def exit_code(outcome: Outcome) -> int:

@@ -277,9 +277,9 @@ def zero_plan(config: Config, device: str, parameters: int, tight: bool, offload
 def checkpoint_bytes(config: Config, parameters: int) -> tuple[int, int]:
     """One checkpoint, and all that lie on the disk at once: the newest, the best, and the one being written."""
     one = CHECKPOINT_BYTES_A_PARAMETER * parameters
-    if config.save_interval == "never":
+    if config.save_interval == "never" and not config.save_on_improvement:
         return one, 0
-    return one, one * (config.keep_checkpoints + 2)
+    return one, one * (config.keep_checkpoints + (config.keep_best or 1) + 1)
 
 
 def checkpointing_of(plan: Plan) -> str | int:

@@ -320,7 +320,7 @@ def _warnings(config: Config, hardware: Hardware, chosen: Candidate) -> list[str
         found.append(
             f"checkpoints may fill the disk: {format_bytes(chosen.checkpoint_bytes)} each, "
             f"{format_bytes(chosen.disk_bytes)} kept at once, {format_bytes(free)} free. Lower "
-            f"keep_checkpoints, or set save_interval never."
+            f"keep_checkpoints; saving pauses while the disk is full."
         )
     if chosen.plan.device == "cuda" and hardware.gpus[0].capability < (7, 5):
         found.append(f"{hardware.gpus[0].name} {hardware.gpus[0].software}.")

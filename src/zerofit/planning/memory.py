@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
-from typing import Any
 
 from . import store
 from .allocator import ROUND_BYTES, simulate_allocator
@@ -243,13 +242,3 @@ def engine_model(plan: Plan, ledger: Ledger, host: Ledger, events: Sequence[Step
 def state_bytes(plan: Plan) -> dict[str, int]:
     """Model states between two steps, by item; what `Engine.memory` reports. ``host_*`` items lie in host memory."""
     return zero_state_bytes(plan) if plan.strategy.startswith("zero") else replicated_state_bytes(plan)
-
-
-def peak_items(plan: Plan) -> dict[str, int]:
-    """Bytes that the driver will show at the peak, by item."""
-    found = predict_memory(plan)
-    items: dict[str, Any] = {"activations": 0, "logits": 0, **found.items}
-    if plan.device == "cpu":
-        return items
-    outside = found.driver_bytes - found.reserved_bytes
-    return {**items, "fragmentation": found.reserved_bytes - found.allocated_bytes, "context": outside}

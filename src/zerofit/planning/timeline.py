@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from .plan import Plan
 from .template import Alloc, Backward, Free, Gradient, ModuleEvent, StepEvent
 
-PHASES = ("init", "forward", "backward", "step")
 #: CUDA streams with memory pools of their own: computing, reducing gradients, gathering parameters.
 MAIN, REDUCE, GATHER = 0, 1, 2
 #: Micro-steps of a longer window that are played: the first, one in the middle, the last.

@@ -62,19 +62,13 @@ class Scorecard:
     def row(self, peaks: Mapping[str, int]) -> Row:
         """This run as the ledger keeps it."""
         plan, predicted = self.plan, self.plan.prediction
+        shared = set(Row.model_fields) & set(Plan.model_fields) - {"model"}
         return Row(
+            **{name: getattr(plan, name) for name in shared},
             date=date.today().isoformat(),
             source="local",
             model=model_label(plan.model.kind, plan.parameters),
             gpu=self._gpu(),
-            world_size=plan.world_size,
-            strategy=plan.strategy,
-            offload=plan.offload,
-            micro_batch=plan.micro_batch,
-            accumulation_steps=plan.accumulation_steps,
-            activation_checkpointing_every=plan.activation_checkpointing_every,
-            precision=plan.precision,
-            compile=plan.compile,
             predicted_gpu_peak_bytes=predicted.gpu_peak_bytes if predicted and plan.device == "cuda" else None,
             measured_gpu_peak_bytes=peaks.get("gpu_peak_bytes"),
             predicted_step_seconds=predicted.step_seconds if predicted else None,

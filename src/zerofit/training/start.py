@@ -18,11 +18,13 @@ from ..config.schema import Config
 from ..data.prepare import is_prepared, prepare
 from ..data.tokens import check_data, fingerprint, vocabulary_size
 from ..errors import CheckpointError, ConfigError
+from ..planning.candidates import CHECKPOINT_BYTES_A_PARAMETER
+from ..planning.candidates import checkpoint_bytes as kept_checkpoint_bytes
 from ..planning.choose import Choice, choose
 from ..planning.explain import print_choice
 from ..planning.hardware import Hardware, probe
 from ..planning.plan import Plan
-from ..planning.sizes import format_bytes
+from ..planning.sizes import MIB, format_bytes
 from .lock import RunLock, acquire_run
 from .resume import check_resumable
 from .run_folder import choose_folder, write_run_folder
@@ -162,7 +164,7 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
         if lock is not None:
             _sweep(folder, console)
         start = _checked_start(folder, request, resolved.config, choice.plan, console)
-        _forecast_disk(folder, resolved.config, choice.plan, console)
+        _refuse_a_full_disk(folder, resolved.config, choice.plan)
         if lock is None:
             _say(console, f"Dry run: nothing was started. The run folder would be {folder}.")
             return None
@@ -250,37 +252,28 @@ def _refuse_tags_ahead(folder: Path, step: int) -> None:
             )
 
 
-def _forecast_disk(folder: Path, config: Config, plan: Plan, console: Console) -> None:
-    """Compare what the run will keep with the free disk.
+def _refuse_a_full_disk(folder: Path, config: Config, plan: Plan) -> None:
+    """The plan has warned when the disk may fill up; here it cannot take a single checkpoint.
 
     Raises:
-        ConfigError: not even one checkpoint fits.
+        ConfigError: not even one fits.
     """
     one = checkpoint_bytes(plan)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     held = sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/*"))
-    count = config.keep_checkpoints + (config.keep_best or 1) + 1  # and the one that is being written
-    if config.save_interval == "never" and not config.save_on_improvement:
-        return
-    if free + held < one:
+    _, kept = kept_checkpoint_bytes(config, plan.parameters)
+    if kept and free + held < one:
         raise ConfigError(
             f"Checkpoints would go to {folder}, where {format_bytes(free)} are free, and one takes "
             f"{format_bytes(one)}. Free some disk, choose another runs_dir, or set save_interval never and "
             f"save_on_improvement false."
         )
-    if free + held < count * one:
-        _say(
-            console,
-            f"Warning: {count} checkpoints of {format_bytes(one)} are kept at a time, and {format_bytes(free)} are "
-            f"free for {folder}. Saving pauses when the disk is full. Lower keep_checkpoints, or free some disk.",
-            style="yellow",
-        )
 
 
 def checkpoint_bytes(plan: Plan) -> int:
     """Bytes of one checkpoint over all ranks: fp32 masters and two moments, and the manifest."""
-    return 12 * plan.parameters + 2 * 1024**2
+    return CHECKPOINT_BYTES_A_PARAMETER * plan.parameters + 2 * MIB
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:
