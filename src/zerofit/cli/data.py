@@ -14,27 +14,56 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 @app.command()
 def prepare(
     sources: Annotated[
-        list[str], typer.Argument(help="shakespeare, python-docs, or .txt and .jsonl files, folders, patterns.")
+        list[str],
+        typer.Argument(
+            help="shakespeare, python-docs, openwebtext, or .txt, .jsonl and .parquet files (also .gz, .bz2, .xz, "
+            ".zst), folders, patterns."
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default data/SOURCE_TOKENIZER.")] = None,
     tokenizer: Annotated[
-        Literal["char", "gpt2"], typer.Option(help="Characters, or GPT-2's byte-pair encoding.")
+        str,
+        typer.Option(help="char, bytes, gpt2, or a Hugging Face tokenizer: a hub name, a folder, a tokenizer.json."),
     ] = "char",
-    val_fraction: Annotated[float, typer.Option(min=0.0001, max=0.9999, help="Share at the end that validates.")] = 0.1,
+    val_fraction: Annotated[float, typer.Option(min=0.0001, max=0.9999, help="Share that validates.")] = 0.1,
+    split: Annotated[
+        Literal["tail", "documents"], typer.Option(help="The last tokens validate, or documents drawn from everywhere.")
+    ] = "tail",
+    text_key: Annotated[str, typer.Option(help="Member or column that holds the text (.jsonl, .parquet).")] = "text",
+    subset: Annotated[str | None, typer.Option(help="Part of the documents, as 1% or 20000.")] = None,
+    errors: Annotated[
+        Literal["strict", "replace"], typer.Option(help="Refuse text that is not valid UTF-8, or replace it.")
+    ] = "strict",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that tokenise; default: one a core.")] = None,
     force: Annotated[bool, typer.Option(help="Write over a folder that holds something else.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tokenise text into train.bin and val.bin (nanoGPT's format) and meta.json."""
+    """Tokenise text into train.bin and val.bin (nanoGPT's format) and meta.json. After a kill, the same command goes on
+    where it stopped."""
+    from rich.console import Console
+
     from ..config.schema import DataConfig
     from ..data.prepare import prepare as prepare_tokens
 
-    folder = out or Path("data") / f"{Path(sources[0]).stem}_{tokenizer}"
-    config = DataConfig(path=folder, prepare=tuple(sources), tokenizer=tokenizer, val_fraction=val_fraction)
-    prepared = prepare_tokens(config, force=force)
+    folder = out or Path("data") / f"{_short_name(sources[0])}_{_short_name(tokenizer)}"
+    config = DataConfig(
+        path=folder, prepare=tuple(sources), tokenizer=tokenizer, val_fraction=val_fraction, split=split,
+        text_key=text_key, subset=subset, errors=errors,
+    )  # fmt: skip
+    prepared = prepare_tokens(config, force=force, workers=workers, console=Console(stderr=True))
     if as_json:
-        print(json.dumps({"path": str(folder), "tokens": prepared.tokens, "vocab_size": prepared.vocab_size}))
+        known = {key: getattr(prepared, key) for key in ("tokens", "documents", "vocab_size", "notes")}
+        print(json.dumps({"path": str(folder), **known}))
     else:
         print(("" if prepared.made_now else "Already there: ") + prepared.describe())
+
+
+def _short_name(spelled: str) -> str:
+    """A word for a folder's name: ``my/tok/tokenizer.json`` -> ``tok``, ``books/*.txt.gz`` -> ``books``."""
+    path = Path(spelled)
+    if path.name == "tokenizer.json" or "*" in path.name:
+        path = path.parent
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in path.name.split(".")[0]) or "text"
 
 
 @app.command()

@@ -24,11 +24,21 @@ class DataConfig(Section):
     path: Path
     """Folder with ``train.bin``, ``val.bin`` and ``meta.json`` (or nanoGPT's files)."""
     prepare: tuple[str, ...] = ()
-    """What to prepare when ``path`` holds no tokens: ``shakespeare``, or text files (.txt, .jsonl)."""
-    tokenizer: Literal["char", "gpt2"] = "char"
-    """For ``prepare``: characters of the text, or GPT-2's byte-pair encoding."""
+    """What to prepare when ``path`` holds no tokens: ``shakespeare``, ``openwebtext``, or text files, folders and
+    patterns (.txt, .jsonl, .parquet, compressed or not)."""
+    tokenizer: str = "char"
+    """For ``prepare``: ``char`` (characters of the text), ``bytes``, ``gpt2`` (its byte-pair encoding), or a Hugging
+    Face tokenizer: a name on the hub, a folder, or a ``tokenizer.json``."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """For ``prepare``: share of the text, at its end, kept for validation."""
+    """For ``prepare``: share of the text kept for validation."""
+    split: Literal["tail", "documents"] = "tail"
+    """For ``prepare``: the last tokens validate, or documents drawn from all of the text."""
+    text_key: str = "text"
+    """For ``prepare``: member of JSON lines, and column of Parquet files, that holds the text."""
+    subset: str | None = None
+    """For ``prepare``: part of the documents, as ``1%`` or ``20000``."""
+    errors: Literal["strict", "replace"] = "strict"
+    """For ``prepare``: refuse text that is not valid UTF-8, or replace what is not."""
 
 
 class OptimizerConfig(Section):

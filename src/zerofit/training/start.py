@@ -119,7 +119,7 @@ def with_data(resolved: ResolvedConfig, console: Console) -> ResolvedConfig:
     config = resolved.config
     if config.data.prepare and not is_prepared(config.data.path):
         console.print(f"Preparing {', '.join(config.data.prepare)} …", highlight=False, soft_wrap=True)
-        console.print(prepare(config.data).describe(), highlight=False, soft_wrap=True)
+        console.print(prepare(config.data, console=console).describe(), highlight=False, soft_wrap=True)
     resolved = with_vocabulary(resolved)
     check_data(config.data.path, resolved.config.model)
     return resolved
