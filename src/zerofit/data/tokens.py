@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config.models import GPT2Config
+from ..config.models import LanguageModelShape
 from ..errors import DataError
 from .metadata import known_largest, read_meta, token_width
 from .order import Indices, epoch_shift, permute
@@ -65,7 +65,7 @@ def describe_inferred(folder: Path) -> str | None:
     )
 
 
-def check_data(folder: Path, model: GPT2Config) -> None:
+def check_data(folder: Path, model: LanguageModelShape) -> None:
     """Check both splits against the model before anything starts.
 
     Raises:
@@ -75,10 +75,11 @@ def check_data(folder: Path, model: GPT2Config) -> None:
     assert vocab_size is not None
     for split in SPLITS:
         tokens = open_tokens(folder, split)
-        if len(tokens) <= model.block_size:
+        if len(tokens) <= model.sequence_length:
             raise DataError(
-                f"{folder / split}.bin has {len(tokens)} tokens, and one block needs {model.block_size} and a target. "
-                f"Use a smaller model.block_size, or more text."
+                f"{folder / split}.bin has {len(tokens)} tokens, and one sample needs "
+                f"{model.sequence_length} and a target. Use a shorter sequence (model.block_size, "
+                f"model.max_seq_length), or more text."
             )
         largest = largest_of(folder, split)
         if largest >= vocab_size:
@@ -109,15 +110,19 @@ class TokenDataset:
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         #: Samples of an epoch. One block less than fits, so that the shift never runs over the end.
         self.samples = max((len(tokens) - 1) // block_size - 1, 1)
+        self.places = len(tokens)
         #: Whole blocks in the split.
         self.blocks = (len(tokens) - 1) // block_size
         self._largest_shift = min(block_size, len(tokens) - self.samples * block_size)
 
     def starts(self, first: int, count: int) -> Indices:
         """First token of the training samples `first` .. `first + count` of the endless sequence of epochs."""
-        numbers = np.arange(first, first + count, dtype=np.int64)
+        return self.starts_of(np.arange(first, first + count, dtype=np.int64))
+
+    def starts_of(self, numbers: Indices) -> Indices:
+        """First token of each of the training samples `numbers`."""
         epochs, indices = numbers // self.samples, numbers % self.samples
-        out = np.empty(count, dtype=np.int64)
+        out = np.empty(len(numbers), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
             inside = epochs == epoch
             blocks = permute(indices[inside], self.samples, self.seed, epoch)
@@ -135,6 +140,6 @@ class TokenDataset:
         return out
 
 
-def open_split(folder: Path, split: str, model: GPT2Config, seed: int) -> TokenDataset:
+def open_split(folder: Path, split: str, model: LanguageModelShape, seed: int) -> TokenDataset:
     """A split as samples of the model's block size."""
-    return TokenDataset(open_tokens(folder, split), model.block_size, seed)
+    return TokenDataset(open_tokens(folder, split), model.sequence_length, seed)

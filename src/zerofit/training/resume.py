@@ -15,7 +15,7 @@ from ..planning.plan import Plan
 #: The whole batch and the data are compared as what they come to, not as they were written.
 MAY_CHANGE = (
     "name", "runs_dir", "data.path", "data.prepare", "data.val_fraction",
-    "data.split", "data.text_key", "data.subset", "data.errors",
+    "data.sources.*.path", "data.sources.*.prepare", "data.split", "data.text_key", "data.subset", "data.errors",
     "max_steps", "optimizer.learning_rate", "optimizer.cpu_kernel", "schedule.*",
     "eval_*", "log_*", "save_*", "keep_*", "sample_*",
     "global_batch", "micro_batch", "accumulation_steps",
