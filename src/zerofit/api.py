@@ -56,9 +56,12 @@ def plan(config: str | Path | None = None, *, preset: str | None = None, **setti
     """
     from .planning.choose import choose
     from .planning.hardware import probe
+    from .training.initial_model import with_initial_model
     from .training.start import with_model_of_data
 
-    return choose(with_model_of_data(_resolve(config, preset, settings)).config, probe())
+    return choose(
+        with_model_of_data(with_initial_model(_resolve(config, preset, settings), fetch=False)).config, probe()
+    )
 
 
 def train(

@@ -78,7 +78,9 @@ def with_vocabulary(resolved: ResolvedConfig) -> Config:
         DataError: none of the three is known.
     """
     from ..training import start
+    from ..training.initial_model import with_initial_model
 
+    resolved = with_initial_model(resolved, fetch=False)
     try:
         return start.with_model_of_data(resolved).config
     except DataError as error:

@@ -178,6 +178,12 @@ class Config(Section):
     seed: int = 1337
     """Everything random is a function of this: weights, sample order, dropout."""
 
+    init_from: str = "scratch"
+    """Where weights come from: ``scratch`` (the seed); ``resume`` (go on with this run, as ``--resume``); ``gpt2``,
+    ``gpt2-medium``, ``gpt2-large`` or ``gpt2-xl`` (published weights); another run or one of its checkpoints, a Hugging
+    Face folder, a weights file, or ORGANISATION/NAME on the hub. The optimizer starts afresh, and the model's shape is
+    that of the weights; a smaller ``model.block_size`` cuts the positions."""
+
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -255,7 +261,9 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _stages_decide(cls, given: Any) -> Any:
-        """The last stage ends the run, and its data is the run's, where nothing else says so."""
+        """The last stage ends the run, and its data is the run's, where nothing else says so. Weights bring a model."""
+        if isinstance(given, dict) and "model" not in given and given.get("init_from", "scratch") != "scratch":
+            given = {**given, "model": {"kind": "gpt2"}}  # its shape comes with the weights
         stages = given.get("stages") if isinstance(given, dict) else None
         last = stages[-1] if isinstance(stages, list | tuple) and stages else None
         if not isinstance(last, dict):
