@@ -451,3 +451,29 @@ def test_files_are_read_for_their_largest_id_once(tmp_path: Path, monkeypatch: p
 def test_chunks_hold_bounded_text() -> None:
     found = list(encode.chunks(Piece("x" * 400_000) for _ in range(10)))
     assert [len(chunk.pieces) for chunk in found] == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_show_marks_where_documents_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, indexed: bool
+) -> None:
+    from zerofit.cli.data import show
+
+    (tmp_path / "a.jsonl").write_bytes(JSONL)
+    out = tmp_path / "out"
+    _prepare(out, tmp_path / "a.jsonl")
+    if not indexed:  # as in a folder of another script: the end-of-text tokens tell
+        (out / "train_documents.bin").unlink()
+    monkeypatch.setenv("COLUMNS", "200")
+    show(out, "train", 2, 100, 1337, False)
+    shown = capsys.readouterr().out
+    marks = [line for line in shown.splitlines() if "[document" in line]
+    assert marks
+    for line in marks:
+        number, text = line.split("[document")[1].split("]", 1)
+        assert text.startswith(f"document {number.strip()}"[: len(text)] if indexed else "docu")
+    assert "é" in shown
+    show(out, "train", 2, 100, 1337, True)
+    told = json.loads(capsys.readouterr().out)
+    for places, window in zip(told["document_starts"], told["samples"], strict=True):
+        assert [place for place in places if place] == [i for i in range(1, 101) if window[i - 1] == 256]

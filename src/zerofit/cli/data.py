@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from ..data.tokenizers import Tokenizer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Prepare data, and show it.")
 
@@ -75,10 +80,11 @@ def show(
     seed: Annotated[int, typer.Option(help="Of the sample order.")] = 1337,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show samples as training sees them: the trained tokens coloured, in alternating shades a token."""
+    """Show samples as training sees them: the trained tokens coloured, in alternating shades a token, and a mark where
+    a document starts."""
     from rich.console import Console
-    from rich.text import Text
 
+    from ..data.documents import Documents
     from ..data.tokenizers import load_tokenizer
     from ..data.tokens import TokenDataset, open_tokens, vocabulary_size
     from ..errors import DataError
@@ -90,18 +96,41 @@ def show(
         )
     dataset = TokenDataset(ids, tokens, seed)
     tokenizer = load_tokenizer(path)
-    windows = dataset.window(dataset.starts(0, samples)).tolist()
+    documents = Documents(path, split, ids, tokenizer.end_of_text if tokenizer else None)
+    starts = dataset.starts(0, samples)
+    windows = dataset.window(starts).tolist()
+    marks = [
+        {place - start: number for place, number in documents.starts_in(start, start + tokens + 1).items()}
+        for start in starts.tolist()
+    ]
     if as_json:
         texts = [tokenizer.decode(window) if tokenizer else None for window in windows]
-        print(json.dumps({"tokens": len(ids), "vocab_size": vocabulary_size(path), "samples": windows, "texts": texts}))
+        found = {"tokens": len(ids), "vocab_size": vocabulary_size(path), "samples": windows, "texts": texts}
+        places = [sorted(mark) for mark in marks]
+        print(json.dumps({**found, "starts": starts.tolist(), "document_starts": places}))
         return
     console = Console(highlight=False)
     console.print(f"{path / split}.bin: {len(ids):,} tokens, vocabulary {vocabulary_size(path):,}")
-    for number, window in enumerate(windows):
-        # The first token is context only: it is never a target.
-        text = Text(tokenizer.decode(window[:1]) if tokenizer else f"{window[0]} ", style="dim")
-        for position, token in enumerate(window[1:]):
-            piece = tokenizer.decode([token]) if tokenizer else f"{token} "
-            text.append(piece, style=("green", "cyan")[position % 2])
-        console.rule(f"sample {number}")
-        console.print(text)
+    for number, (start, window, mark) in enumerate(zip(starts.tolist(), windows, marks, strict=True)):
+        console.rule(f"sample {number}, from token {start:,}")
+        console.print(_coloured(window, tokenizer, mark))
+
+
+def _coloured(window: list[int], tokenizer: Tokenizer | None, marks: dict[int, int | None]) -> Text:
+    """A sample's text. Its first token is context only: it is never a target."""
+    from rich.text import Text
+
+    text = Text()
+    pending: list[int] = []
+    for position, token in enumerate(window):
+        if position in marks:
+            number = marks[position]
+            text.append(f"[document{'' if number is None else f' {number:,}'}]", style="bold black on yellow")
+        pending.append(token)
+        piece = tokenizer.decode(pending) if tokenizer else f"{token} "
+        # A character may take several tokens: it is shown when it is whole.
+        if piece.endswith("\ufffd") and len(pending) < 4 and position + 1 < len(window) and position + 1 not in marks:
+            continue
+        text.append(piece, style=("green", "cyan")[position % 2] if position else "dim")
+        pending = []
+    return text
