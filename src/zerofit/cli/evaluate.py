@@ -41,6 +41,7 @@ def evaluate(
     found: dict[str, float] = {"step": saved.step}
     for split, dataset in open_evaluation(everything, config, seed=0).items():
         window = evaluation_window(dataset, share, batches or -(-dataset.blocks // micro_batch))
-        for name, value in task_of(config).metrics(evaluate_window(model, window, World(0, 1, 0, device))).items():
+        sums = evaluate_window(model, window, World(0, 1, 0, device)).read()
+        for name, value in task_of(config).metrics(sums).items():
             found[metric_name(split, name)] = value
     print(json.dumps(found) if as_json else "\n".join(f"{name}: {value:.6g}" for name, value in found.items()))
