@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import Manifest, check_same_model
+from ..config.keys import keys
 from ..config.schema import Config
 from ..errors import CheckpointError
 from ..planning.plan import Plan
@@ -14,7 +15,8 @@ from ..planning.plan import Plan
 #: Keys that a resumed run may set anew: duration, learning rate, intervals, batch split, strategy, hardware, names.
 #: The whole batch and the data are compared as what they come to, not as they were written.
 MAY_CHANGE = (
-    "name", "runs_dir", "data.path", "data.prepare", "data.val_fraction",
+    "name", "runs_dir", "init_from", "data.path", "data.prepare", "data.val_fraction",
+    "data.sources.*.path", "data.sources.*.prepare", "data.split", "data.text_key", "data.subset", "data.errors",
     "max_steps", "optimizer.learning_rate", "optimizer.cpu_kernel", "schedule.*",
     "eval_*", "log_*", "save_*", "keep_*", "sample_*",
     "global_batch", "micro_batch", "accumulation_steps",
@@ -44,6 +46,8 @@ def check_resumable(folder: Path, manifest: Manifest, config: Config, plan: Plan
     _refuse_another(folder, "global_batch", state["global_batch"], plan.global_batch)
     before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
+        if key not in before and key in keys() and now[key] == keys()[key].plain_default:
+            continue  # an older version had no such setting
         if not may_change(key) and before.get(key) != now.get(key):
             _refuse_another(folder, key, before.get(key), now.get(key))
     for split, found in data.items():
