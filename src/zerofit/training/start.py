@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -25,6 +25,7 @@ from ..planning.explain import print_choice
 from ..planning.hardware import Hardware, probe
 from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
+from ..planning.translation import print_translation
 from .lock import RunLock, acquire_run
 from .resume import check_resumable
 from .run_folder import choose_folder, write_run_folder
@@ -136,7 +137,7 @@ def with_vocabulary(resolved: ResolvedConfig) -> ResolvedConfig:
         return resolved
     model = config.model.model_copy(update={"vocab_size": vocabulary_size(config.data.path)})
     origins = {**resolved.origins, "model.vocab_size": f"data {config.data.path}"}
-    return ResolvedConfig(config.model_copy(update={"model": model}), origins)
+    return replace(resolved, config=config.model_copy(update={"model": model}), origins=origins)
 
 
 def make_plan(config: Config, console: Console) -> tuple[Choice, Hardware]:
@@ -159,6 +160,7 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
     folder = choose_folder(resolved, request.default_name, request.resume)
     resolved = with_data(resolved, console)
     choice, hardware = make_plan(resolved.config, console)
+    print_translation(console, resolved.notes, resolved.config, choice.plan)
     lock = None if request.dry_run else acquire_run(folder)
     try:
         if lock is not None:
