@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..errors import ConfigError
-from .dialects.aliases import ALL_RANKS_ACCUMULATION, EVAL_ITERS, ratio_to_batches
+from .dialects.aliases import ALL_RANKS_ACCUMULATION, EVAL_ITERS, SEQUENCE_LENGTH, ratio_to_batches
 from .documents import Entry, describe_value
 from .keys import keys
 
@@ -47,6 +47,20 @@ def derive(merged: Merged, deepspeed_level: int) -> None:
     _displace_global_batch(merged)
     _count_over_all_ranks(merged, deepspeed_level)
     _evaluation_batches(merged)
+    _sequence_length(merged)
+
+
+def _sequence_length(merged: Merged) -> None:
+    """The length of a sample under the name that the architecture has for it."""
+    entry = merged.settings.get(SEQUENCE_LENGTH)
+    if entry is None:
+        return
+    kind = merged.settings["model.kind"].value if "model.kind" in merged.settings else None
+    is_mamba = kind == "mamba" or (kind is None and "model.d_model" in merged.settings)
+    name, level = "model.max_seq_length" if is_mamba else "model.block_size", merged.level(SEQUENCE_LENGTH)
+    merged.drop(SEQUENCE_LENGTH)
+    if merged.level(name) <= level:
+        merged.put(Entry(name, entry.value, entry.origin), level)
 
 
 def _displace_global_batch(merged: Merged) -> None:

@@ -26,9 +26,15 @@ HUGGING_FACE: Dialect = "Hugging Face"
 #: Settings that depend on others, and are worked out when all layers are merged (`derived`).
 ALL_RANKS_ACCUMULATION = "@accumulation_over_all_ranks"
 EVAL_ITERS = "@eval_iters"
+SEQUENCE_LENGTH = "@sequence_length"
 DEEPSPEED_FILE = "@deepspeed_file"
 #: And what becomes of them, for the table.
-DERIVED = {ALL_RANKS_ACCUMULATION: ("global_batch",), EVAL_ITERS: ("eval_batches",), DEEPSPEED_FILE: ()}
+DERIVED = {
+    ALL_RANKS_ACCUMULATION: ("global_batch",),
+    EVAL_ITERS: ("eval_batches",),
+    DEEPSPEED_FILE: (),
+    SEQUENCE_LENGTH: (),
+}
 
 Targets = Iterable[tuple[str, object]]
 
@@ -179,7 +185,7 @@ def _checkpointing(entry: Entry) -> Targets:
 
 
 def _length(entry: Entry) -> Targets:
-    return [("model.block_size", entry.value)]
+    return [(SEQUENCE_LENGTH, entry.value)]
 
 
 def _deepspeed_file(entry: Entry) -> Targets:
@@ -203,7 +209,7 @@ _TABLE = (
     Alias("num_train_epochs", (_H,), "max_steps, as 3ep", _epochs, "passes over the training data"),
     Alias("max_iters", (_N,), "max_steps", _as("max_steps")),
     Alias("max_train_steps", (_S, _H), "max_steps", _as("max_steps")),
-    Alias("seq_length", (_S,), "model.block_size", _length),
+    Alias("seq_length", (_S,), "model.block_size, or model.max_seq_length of Mamba", _length),
     Alias("eval_iters", (_N,), "eval_batches", _as(EVAL_ITERS), "as many samples, counted in global batches"),
     Alias("eval_steps", (_H,), "eval_interval", _as("eval_interval")),
     # Batch

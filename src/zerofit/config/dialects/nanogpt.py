@@ -102,6 +102,7 @@ def read_nanogpt(text: str, source: Path) -> tuple[list[Entry], Reading]:
 
 def _prepare(base: Reading, dataset: str) -> None:
     """How to make the tokens of nanoGPT's own data sets, and its padded vocabulary."""
+    base.entries.append(Entry("model.kind", "gpt2", DEFAULT_ORIGIN))
     if dataset in PREPARED:
         what, tokenizer = PREPARED[dataset]
         settings = {"data.prepare": [what], "data.tokenizer": tokenizer}
