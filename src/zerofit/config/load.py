@@ -50,7 +50,7 @@ class ResolvedConfig:
 
 
 @dataclass
-class _File:
+class ConfigFile:
     """A configuration file.
 
     Attributes:
@@ -84,18 +84,18 @@ def load_config(source: Path | None, preset: str | None, overrides: Sequence[tup
         ConfigError: an unknown key (with the nearest known one), a wrong type or value, an illegal combination, a file
             and a DeepSpeed JSON that contradict each other.
     """
-    file = _read_file(source)
+    file = read_config_file(source)
     typed = _read_overrides(overrides, file.dialect)
     name = preset or file.base
-    base = _read_preset(name) if name else list(file.defaults)
-    foreign = _read_deepspeed(file.entries, typed.entries, source)
+    base = read_preset(name) if name else list(file.defaults)
+    foreign = read_named_deepspeed(file.entries, typed.entries, source)
     merged = Merged()
     layers = foreign.defaults, base, file.entries, foreign.entries, typed.entries
     for level, layer in enumerate(layers):
         for entry in layer:
             merged.put(entry, level)
     derive(merged, DEEPSPEED)
-    _refuse_contradictions(file.entries, foreign.entries, typed.entries)
+    refuse_contradictions(file.entries, foreign.entries, typed.entries)
     merged.drop(aliases.DEEPSPEED_FILE)
     settings = merged.settings
     config = _validate(settings)
@@ -105,7 +105,12 @@ def load_config(source: Path | None, preset: str | None, overrides: Sequence[tup
     return ResolvedConfig(config, origins, tuple(_settled(note, settings) for note in notes))
 
 
-def _refuse_contradictions(file: Iterable[Entry], foreign: Iterable[Entry], typed: Iterable[Entry]) -> None:
+def refuse_contradictions(file: Iterable[Entry], foreign: Iterable[Entry], typed: Iterable[Entry]) -> None:
+    """What a file and a DeepSpeed JSON say differently must be settled on the command line.
+
+    Raises:
+        ConfigError: it is not.
+    """
     named = [{entry.name: entry for entry in layer} for layer in (file, foreign, typed)]
     found = conflicts(*named)
     if found:
@@ -145,13 +150,13 @@ def dump_resolved(resolved: ResolvedConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read_file(source: Path | None) -> _File:
+def read_config_file(source: Path | None) -> ConfigFile:
     """What a configuration file says."""
     if source is None:
-        return _File()
+        return ConfigFile()
     if source.suffix == ".py":
         defaults, reading = read_nanogpt(read_text(source), source)
-        return _File(None, tuple(defaults), reading, aliases.NANOGPT)
+        return ConfigFile(None, tuple(defaults), reading, aliases.NANOGPT)
     entries = list(read_entries(read_text(source), str(source), frozenset(sections()) | OLDER_SECTIONS))
     names = [entry.name for entry in entries]
     if looks_like_deepspeed(sorted({name.partition(".")[0] for name in names})):
@@ -167,16 +172,17 @@ def _read_file(source: Path | None) -> _File:
             )
     dialect = aliases.SCRIPT if is_older(names) else aliases.dialect_of(names)
     reading = _named([entry for entry in entries if entry.name != "preset"], dialect)
-    return _File(str(bases[0].value) if bases else None, (), reading, dialect)
+    return ConfigFile(str(bases[0].value) if bases else None, (), reading, dialect)
 
 
-def _read_preset(name: str) -> list[Entry]:
+def read_preset(name: str) -> list[Entry]:
+    """The settings of a preset."""
     origin = f"preset {name}"
     entries = list(read_entries(preset_text(name), origin, frozenset(sections())))
     return [Entry(entry.name, entry.value, origin) for entry in _named(entries, None).entries]
 
 
-def _read_deepspeed(file: Iterable[Entry], typed: Iterable[Entry], source: Path | None) -> Reading:
+def read_named_deepspeed(file: Iterable[Entry], typed: Iterable[Entry], source: Path | None) -> Reading:
     """The DeepSpeed JSON that the command line or the file names."""
     named = [entry for entry in (*file, *typed) if entry.name == aliases.DEEPSPEED_FILE]
     if not named:

@@ -276,7 +276,7 @@ _TABLE = (
           off=(0,)),
     Alias("pin_memory", (_S,), "nothing: batches are page-locked whenever training is on a GPU"),
     Alias("dataloader_pin_memory", (_H,), "nothing: batches are page-locked whenever training is on a GPU"),
-    Alias("val_dir", (_S,), "nothing for text: validation tokens lie in data.path, beside those for training"),
+    Alias("val_dir", (_S,), "nothing: validation tokens lie in data.path, beside those for training"),
     Alias("port", (_S,), "nothing: the launcher finds a free port itself"),
     Alias("master_port", (_S,), "nothing: the launcher finds a free port itself"),
     Alias("backend", (_N,), "nothing: NCCL on GPUs, gloo on CPUs"),
