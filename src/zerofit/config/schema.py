@@ -172,6 +172,8 @@ class Config(Section):
     """Keep this many checkpoints with the lowest validation loss, too."""
     sample_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of text to generate and print when training ends; 0 for none."""
+    sample_interval: Interval = "never"
+    """Steps between such texts while training goes on, or ``never``. All ranks write them together."""
     sample_prompt: str = "\n"
     """Start of that text."""
     collective_timeout_seconds: Positive = 600
@@ -180,6 +182,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _legal_combination(self) -> Config:
         _check_offload(self)
+        if self.sample_interval != "never" and not self.sample_tokens:
+            raise ValueError(
+                f"sample_interval {self.sample_interval} with sample_tokens 0: a text of no tokens is asked for; set "
+                f"sample_tokens, or sample_interval never"
+            )
         if self.compile and self.strategy == "zero3":
             raise ValueError(
                 "strategy zero3 with compile true: torch.compile traces DeepSpeed's gathering hooks, and on GPUs the "
