@@ -83,7 +83,7 @@ class ZeroConfig(Section):
     """Reduce gradients while the backward pass goes on; costs a second bucket."""
     reduce_bucket_elements: Positive | None = None
     """Elements (not bytes) of a gradient bucket."""
-    prefetch_bucket_elements: Positive | None = None
+    prefetch_bucket_elements: Annotated[int, Field(ge=0)] | None = None
     """ZeRO-3: elements gathered ahead of their use."""
     persistence_threshold_elements: Annotated[int, Field(ge=0)] | None = None
     """ZeRO-3: parameters below this size are not partitioned."""

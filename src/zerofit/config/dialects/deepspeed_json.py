@@ -14,7 +14,7 @@ from typing import Any, get_args
 from ...errors import ConfigError
 from ..documents import Entry, describe_value, read_entries
 from ..keys import nearest
-from ..schema import OptimizerConfig, ScheduleConfig
+from ..schema import Config
 from . import deepspeed_keys as table
 from .notes import Outcome, Reading, noted, translated
 
@@ -413,7 +413,7 @@ def _optimizer_kind(reader: _Reader) -> tuple[str | None, bool]:
     if name is None:
         return None, False
     folded = str(name).lower()
-    kind, ours = table.OPTIMIZERS.get(folded), get_args(OptimizerConfig.model_fields["kind"].annotation)
+    kind, ours = table.OPTIMIZERS.get(folded), _kinds("optimizer")
     if kind not in ours:
         raise reader.refuse(
             "optimizer.type",
@@ -452,10 +452,8 @@ def _momentum(reader: _Reader, kind: str | None) -> Reading:
     name = "optimizer.params.momentum"
     if name not in reader.found:
         return Reading()
-    if "momentum" in OptimizerConfig.model_fields and kind in ("sgd", "muon"):
-        return reader.one(name, [("optimizer.momentum", reader.found[name].value)])
     if kind in ("sgd", "muon"):
-        return reader.one(name, [("optimizer.beta1", reader.found[name].value)])
+        return reader.one(name, [("optimizer.momentum", reader.found[name].value)])
     return noted(reader.found[name], "ignored", f"{kind or 'this optimizer'} has no momentum of that name")
 
 
@@ -486,7 +484,7 @@ def _scheduler(reader: _Reader) -> Reading:
             reading.add(noted(entry, "auto", "the schedule is what the rest of the configuration says"))
         return reading
     folded = str(reader.get("scheduler.type")).lower()
-    kind, ours = table.SCHEDULERS.get(folded), get_args(ScheduleConfig.model_fields["kind"].annotation)
+    kind, ours = table.SCHEDULERS.get(folded), _kinds("schedule")
     if kind not in ours:
         raise reader.refuse(
             "scheduler.type",
@@ -547,6 +545,12 @@ def _rest(reader: _Reader) -> Reading:
         elif name in table.BLOCKS and not any(note.key == name for note in reader.reading.notes):
             reading.add(noted(entry, "ignored", "an empty block"))
     return reading
+
+
+def _kinds(section: str) -> tuple[str, ...]:
+    """The values of ``section.kind``."""
+    annotation: Any = Config.model_fields[section].annotation
+    return get_args(annotation.model_fields["kind"].annotation)
 
 
 def _silence(reader: _Reader) -> str:
