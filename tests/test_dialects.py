@@ -140,7 +140,7 @@ def test_precision_flags_take_what_hugging_face_writes(line: str, precision: str
 
 
 def test_ways_to_go_on() -> None:
-    assert parse_arguments(["--init_from", "resume"]).resume == "latest"
+    assert typed("--init_from resume").config.init_from == "resume"
     assert parse_arguments(["--resume_from_checkpoint", "best"]).resume == "best"
     assert parse_arguments(["--resume_from_checkpoint=runs/a"]).resume == "runs/a"
 
@@ -267,6 +267,14 @@ def test_arithmetic_is_done_and_nothing_is_executed(tmp_path: Path) -> None:
     assert resolved.origins["global_batch"].endswith("ft.py:9")
 
 
+def test_published_weights_bring_their_shape(tmp_path: Path) -> None:
+    path = write(tmp_path, "ft.py", FINE_TUNING + "init_from = 'gpt2-xl'\n")
+    resolved = load_config(path, None)
+    assert resolved.config.init_from == "gpt2-xl"
+    assert resolved.origins["model.n_layer"] == "default"
+    assert resolved.origins["model.block_size"] == "nanoGPT's default"
+
+
 def test_the_command_line_overrides_a_nanogpt_file_as_in_nanogpt(tmp_path: Path) -> None:
     path = write(tmp_path, "gpt2.py", GPT2)
     config = load_config(path, None, [("batch_size", "6"), ("gradient_accumulation_steps", "8")]).config
@@ -285,7 +293,6 @@ def test_the_command_line_overrides_a_nanogpt_file_as_in_nanogpt(tmp_path: Path)
         ("batch_sise = 4", "nearest known name is batch_size"),
         ("batch_size = (", "bad.py:1 is no Python"),
         ("import os; os.remove('x')", "no assignment"),
-        ("init_from = 'resume'", "--resume"),
         ("device = 'mps'", "cuda or cpu"),
         ("batch_size = 'a'", "bad.py:1: micro_batch was set to the text 'a'|batch_size, which nothing sets"),
         ("a = b = 3", "no assignment"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..config.models import ModelConfig
-from ..data.tokens import read_meta
+from ..data.metadata import read_meta
 from ..errors import DataError
 from .export_safetensors import SINGLE, write_bytes, write_json, write_safetensors, write_shards
 from .export_torch import TorchWriter

@@ -21,25 +21,27 @@ def evaluate(
     import torch
 
     from ..checkpoint.model import load_model
+    from ..config.schema import DataConfig
     from ..data.loader import Share, evaluation_window
-    from ..data.tokens import SPLITS, check_data, open_split
+    from ..data.run_data import folders, open_evaluation
+    from ..data.tokens import check_data
     from ..engines.common import evaluate_window
     from ..tasks import task_of
+    from ..tasks.base import metric_name
     from ..types import World
-    from .saved_run import data_folder, open_run
+    from .saved_run import open_run, trained_data
 
     saved = open_run(run, checkpoint)
-    folder = data_folder(saved, data)
+    everything = [DataConfig(path=data)] if data else trained_data(saved)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_model(saved, device)
-    check_data(folder, config)
+    for folder in folders(everything):
+        check_data(folder, config)
     share = Share(micro_batch, 1, 0, 1)
     found: dict[str, float] = {"step": saved.step}
-    for split in SPLITS:
-        dataset = open_split(folder, split, config, seed=0)
+    for split, dataset in open_evaluation(everything, config, seed=0).items():
         window = evaluation_window(dataset, share, batches or -(-dataset.blocks // micro_batch))
-        for name, value in (
-            task_of(config).metrics(evaluate_window(model, window, World(0, 1, 0, device)).read()).items()
-        ):
-            found[f"{split}_{name}"] = value
+        sums = evaluate_window(model, window, World(0, 1, 0, device)).read()
+        for name, value in task_of(config).metrics(sums).items():
+            found[metric_name(split, name)] = value
     print(json.dumps(found) if as_json else "\n".join(f"{name}: {value:.6g}" for name, value in found.items()))

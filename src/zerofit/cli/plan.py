@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ..config.load import ResolvedConfig
     from ..config.schema import Config
 
-#: What GPT-2's byte-pair encoding has; known without prepared data.
-GPT2_VOCABULARY = 50257
+#: Tokenizers whose vocabulary is known without prepared data: GPT-2's byte pairs; bytes and one between documents.
+VOCABULARIES = {"gpt2": 50257, "bytes": 257}
 #: Tables are wide; on a pipe they are not folded.
 _PIPE_WIDTH = 200
 
@@ -82,13 +82,16 @@ def with_vocabulary(resolved: ResolvedConfig) -> Config:
         DataError: none of the three is known.
     """
     from ..training import start
+    from ..training.initial_model import with_initial_model
 
+    resolved = with_initial_model(resolved, fetch=False)
     try:
         return start.with_model_of_data(resolved).config
     except DataError as error:
         config = resolved.config
-        if config.data.prepare and config.data.tokenizer == "gpt2":
-            return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": GPT2_VOCABULARY})})
+        if config.data.prepare and config.data.tokenizer in VOCABULARIES:
+            known = {"vocab_size": VOCABULARIES[config.data.tokenizer]}
+            return config.model_copy(update={"model": config.model.model_copy(update=known)})
         raise DataError(
             f"The size of the vocabulary is not known: it is that of the prepared data, and {config.data.path} holds "
             f"none. Set --model.vocab_size N to plan without data (65 to 100 for characters), or prepare it with "

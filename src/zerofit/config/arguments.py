@@ -106,9 +106,6 @@ def _read_option(request: Request, option: str, attached: str | None, waiting: d
             return replace(request, load_checkpoint=Path(_value(option, attached, waiting)))
         case "weights_only":
             return replace(request, weights_only=_switch(option, attached))
-        case "init_from" if attached == "resume" or (attached is None and waiting and waiting[0] == "resume"):
-            _value(option, attached, waiting)  # nanoGPT's way to go on
-            return replace(request, resume="latest")
         case "local_rank":
             _value(option, attached, waiting)
             return request

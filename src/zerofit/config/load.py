@@ -329,12 +329,26 @@ def _in_words(error: ValidationError, settings: dict[str, Entry]) -> ConfigError
     path = [str(part) for part in first["loc"]]
     if len(path) > 1 and path[1] in kinds(path[0]):
         del path[1]
-    if first["type"] == "missing":
+    if first["type"] == "missing" and len(path) <= 2 and path[0] != "stages":
         return _missing(".".join(path))
     key = keys().get(".".join(path[:2])) or keys().get(".".join(path[:1]))
-    if first["type"] == "value_error" or key is None:
+    if key is None or (first["type"] == "value_error" and key.name not in settings):
         return ConfigError(str(first.get("ctx", {}).get("error", first["msg"])))
+    inner = path[key.name.count(".") + 1 :] if dict in key.types or key.name == "stages" else []
+    if first["type"] == "value_error" or inner:
+        return _wrong_inside(key, settings[key.name], inner, first)
     return _wrong_value(key, settings[key.name])
+
+
+def _wrong_inside(key: Key, entry: Entry, inner: Sequence[str], complaint: Mapping[str, Any]) -> ConfigError:
+    """A complaint about a part of a value that is a list or a mapping, or about how its parts go together."""
+    place = ".".join((key.name, *inner))
+    if complaint["type"] == "extra_forbidden":
+        return ConfigError(f"{entry.origin}: {place} is not known. {key.description}")
+    if complaint["type"] == "value_error":
+        return ConfigError(f"{entry.origin}: {key.name}: {complaint['ctx']['error']}.")
+    found = "nothing" if complaint["type"] == "missing" else describe_value(complaint["input"])
+    return ConfigError(f"{entry.origin}: {place}: {complaint['msg']}; {found} was found. {key.description}")
 
 
 def _missing(name: str) -> ConfigError:

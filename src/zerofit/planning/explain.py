@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.schema import Config
+from ..config.stages import describe_data, describe_stages
 from .candidates import Candidate, checkpointing_of, describe
 from .choose import Choice
 from .hardware import Hardware
@@ -94,6 +95,10 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
         f"Batch: {choice.split.equation()}; {plan.global_batch * plan.model.items_per_sample:,} tokens a step, "
         f"{config.max_steps:,} steps{run}.",
     )
+    for line in describe_stages(config):
+        _say(console, line)
+    if config.data.sources and not config.stages:
+        _say(console, f"Data: {describe_data(config.data)}.")
     if chosen.disk_bytes:
         _say(
             console,

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from ..data.loader import Share
 
 
+def metric_name(key: str, metric: str) -> str:
+    """``val_loss`` for the key ``val``, ``val_loss_web`` for ``val/web``: `Feed.evaluation`'s keys as metrics."""
+    split, _, source = key.partition("/")
+    return f"{split}_{metric}_{source}" if source else f"{split}_{metric}"
+
+
 class Loader(Protocol):
     """A rank's training batches by step: a pure function of the step, so that the step is the data cursor."""
 
@@ -35,7 +41,7 @@ class Feed:
 
     Attributes:
         train: its training batches.
-        evaluation: split -> its batches of an evaluation; equally many on every rank.
+        evaluation: split, or SPLIT/SOURCE -> its batches of an evaluation; equally many on every rank.
         probe: the sample that checkpoints carry with its loss; the same on every rank.
     """
 
@@ -64,8 +70,8 @@ class Task(Protocol):
             DataError: there is no data to decide them.
         """
 
-    def check(self, config: Config) -> None:
-        """Check the data against the model before anything starts.
+    def check(self, config: Config) -> Sequence[str]:
+        """Check the data against the model before anything starts; returns what people should know about it.
 
         Raises:
             DataError: it does not suit.

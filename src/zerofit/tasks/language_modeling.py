@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from ..config.schema import Config
-from ..data.prepare import is_prepared, prepare
-from ..data.tokens import SPLITS, check_data, fingerprint, open_split, vocabulary_size
+from ..data.run_data import (
+    all_data,
+    check_all,
+    fingerprints,
+    first_folder,
+    open_evaluation,
+    open_training,
+    prepare_all,
+    vocabulary_of,
+)
 from ..types import Batch, LossSum
 from .base import Feed
 
@@ -28,26 +38,25 @@ class LanguageModeling:
     items = "tokens"
 
     def prepare(self, config: Config, say: Callable[[str], None]) -> None:
-        if config.data.prepare and not is_prepared(config.data.path):
-            say(f"Preparing {', '.join(config.data.prepare)} …")
-            say(prepare(config.data).describe())
+        prepare_all(config, say, Console(stderr=True))
 
     def decided_by_data(self, config: Config) -> dict[str, object]:
-        return {} if config.model.vocab_size is not None else {"vocab_size": vocabulary_size(config.data.path)}
+        return {} if config.model.vocab_size is not None else {"vocab_size": vocabulary_of(config)}
 
-    def check(self, config: Config) -> None:
-        check_data(config.data.path, config.model)
+    def check(self, config: Config) -> Sequence[str]:
+        return check_all(config)
 
     def fingerprint(self, config: Config) -> dict[str, dict[str, Any]]:
-        return fingerprint(config.data.path)
+        return fingerprints(config)
 
     def open(self, config: Config, model: ModelConfig, share: Share, *, pin_memory: bool) -> Feed:
         from ..data.loader import TrainLoader, collate, evaluation_window
 
-        splits = {split: open_split(config.data.path, split, model, config.seed) for split in SPLITS}
+        train = open_training(config, model, share.global_batch)
+        splits = open_evaluation(all_data(config), model, config.seed)
         probe = collate(splits["val"].window(splits["val"].spread_starts(1)))
         return Feed(
-            TrainLoader(splits["train"], share, pin_memory),
+            TrainLoader(train, share, pin_memory),
             {name: list(evaluation_window(split, share, config.eval_batches)) for name, split in splits.items()},
             probe_of(probe.inputs),
         )
@@ -70,7 +79,7 @@ class LanguageModeling:
         from ..data.tokenizers import load_tokenizer
         from .sampling import generate
 
-        tokenizer = load_tokenizer(config.data.path)
+        tokenizer = load_tokenizer(first_folder(config.data))
         if not config.sample_tokens or tokenizer is None:
             return None
         prompt = tokenizer.encode(config.sample_prompt).tolist()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config.schema import Config
+from ..config.stages import stage_ending_at
 from ..engines.base import Engine
 from ..errors import Interrupted, TrainingFailed
 from ..models.base import ModelSpec
@@ -123,7 +124,7 @@ class Trainer:
         interval = self.config.save_interval
         if interval == "never":
             return False
-        if done == self.config.max_steps:
+        if done == self.config.max_steps or stage_ending_at(self.config, done):
             return True
         if interval == "evaluation":
             return self._evaluation_is_due(done)

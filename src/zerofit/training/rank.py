@@ -8,6 +8,7 @@ from functools import partial
 
 from torch.distributed import Store
 
+from ..checkpoint.initial import open_initial
 from ..checkpoint.model import initial_reader, parameters_only
 from ..checkpoint.retention import Retention
 from ..checkpoint.saver import Saver
@@ -96,7 +97,8 @@ def load_weights(engine: Engine, prepared: PreparedRun) -> tuple[Progress, Sourc
     if start.how == "resume":
         source: Source = open_checkpoint(start.checkpoint)  # its bytes were checked when the run was prepared
     else:
-        source = open_source(start.checkpoint, plan.model, verified=True)
+        open_it = open_initial if start.how == "weights" else open_source
+        source = open_it(start.checkpoint, plan.model, verified=True)
     if start.how == "weights":
         engine.load(parameters_only(source.read))
         return Progress(), source
@@ -121,7 +123,8 @@ def tell_start(engine: Engine, source: Source | None, plan: Plan, events: EventL
     """Say what the run goes on from, with the loss of the probe when it was saved and now. Collective."""
     if source is None:
         return
-    before, probe = source.state.get("probe_loss"), stored_probe(source.folder, task_of(plan.model))
+    before = source.state.get("probe_loss")
+    probe = stored_probe(source.folder, task_of(plan.model)) if before is not None else None
     now = probe_loss(engine, probe).read() if probe is not None else None
     world = {key: source.state.get(key) for key in ("strategy", "world_size", "precision")}
     events.write("resumed", folder=str(source.folder), step=source.step, saved_under=world, probe_loss=now,

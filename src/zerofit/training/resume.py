@@ -14,7 +14,8 @@ from ..planning.plan import Plan
 #: Keys that a resumed run may set anew: duration, learning rate, intervals, batch split, strategy, hardware, names.
 #: The whole batch and the data are compared as what they come to, not as they were written.
 MAY_CHANGE = (
-    "name", "runs_dir", "data.path", "data.prepare", "data.val_fraction",
+    "name", "runs_dir", "init_from", "data.path", "data.prepare", "data.val_fraction",
+    "data.sources.*.path", "data.sources.*.prepare", "data.split", "data.text_key", "data.subset", "data.errors",
     "max_steps", "optimizer.learning_rate", "optimizer.cpu_kernel", "schedule.*",
     "eval_*", "log_*", "save_*", "keep_*", "sample_*",
     "global_batch", "micro_batch", "accumulation_steps",

@@ -11,11 +11,12 @@ from typing import Literal, cast
 from rich.console import Console
 
 from ..checkpoint import retention
-from ..checkpoint.manifest import check_same_model, read_manifest, step_name
+from ..checkpoint.initial import locate_initial
+from ..checkpoint.manifest import MANIFEST, check_same_model, read_manifest, step_name
 from ..config.arguments import Request
 from ..config.load import ResolvedConfig
 from ..config.schema import Config
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DataError
 from ..planning.candidates import CHECKPOINT_BYTES_A_PARAMETER
 from ..planning.candidates import checkpoint_bytes as kept_checkpoint_bytes
 from ..planning.choose import Choice, choose
@@ -25,6 +26,7 @@ from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
 from ..planning.translation import print_translation
 from ..tasks import task_of
+from .initial_model import NO_WEIGHTS, with_initial_model
 from .lock import RunLock, acquire_run
 from .resume import check_resumable
 from .run_folder import choose_folder, write_run_folder
@@ -117,9 +119,15 @@ def with_data(resolved: ResolvedConfig, console: Console) -> ResolvedConfig:
         DataError: missing, empty, too short, or beyond the vocabulary.
     """
     task = task_of(resolved.config.model)
-    task.prepare(resolved.config, lambda text: _say(console, text))
-    resolved = with_model_of_data(resolved)
-    task.check(resolved.config)
+    try:
+        task.prepare(resolved.config, lambda text: _say(console, text))
+        resolved = with_model_of_data(resolved)
+        for note in task.check(resolved.config):
+            _say(console, note)
+    except DataError as error:
+        if not resolved.config.data.sources:
+            raise
+        raise DataError(f"{resolved.origins['data.sources']}: {error}") from error
     return resolved
 
 
@@ -154,8 +162,11 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
         DoesNotFit: nothing fits (exit code 3).
     """
     console = Console()
-    _refuse_two_starts(request)
+    if resolved.config.init_from == "resume" and request.resume is None:
+        request = replace(request, resume="latest")
+    _refuse_two_starts(request, resolved)
     folder = choose_folder(resolved, request.default_name, request.resume)
+    resolved = with_initial_model(resolved, resumed=(folder, request.resume) if request.resume else None)
     resolved = with_data(resolved, console)
     choice, hardware = make_plan(resolved.config, console)
     print_translation(console, resolved.notes, resolved.config, choice.plan)
@@ -176,7 +187,13 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
     return PreparedRun(folder, choice.plan, start, lock)
 
 
-def _refuse_two_starts(request: Request) -> None:
+def _refuse_two_starts(request: Request, resolved: ResolvedConfig) -> None:
+    if request.load_checkpoint is not None and resolved.config.init_from != "scratch":
+        raise ConfigError(
+            f"{resolved.origins['init_from']}: init_from {resolved.config.init_from} and --load-checkpoint "
+            f"{request.load_checkpoint} both name where the run starts from. Use one of them (--init-from scratch "
+            f"turns the first off)."
+        )
     if request.weights_only and request.load_checkpoint is None:
         raise ConfigError(
             "--weights-only was given without --load-checkpoint, and it says how much of that checkpoint to take. A "
@@ -203,6 +220,8 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
         CheckpointError: there is none, none is whole, or it is of something else.
     """
     start = start_of(request)
+    if start.how == "fresh" and config.init_from not in NO_WEIGHTS:
+        start = Start("weights", locate_initial(config.init_from))
     if request.resume is not None:
         found = retention.find_whole(folder, request.resume)
         for skipped in found.skipped:
@@ -215,10 +234,10 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
             _say(console, f"Step {manifest.step} of {config.max_steps} is done; raise --max-steps to train on.")
         return Start("resume", found.folder)
     if start.checkpoint is not None:
+        from ..checkpoint.initial import open_initial
         from ..checkpoint.source import open_source
-        from ..checkpoint.store import Saved
 
-        source = open_source(start.checkpoint, plan.model)
+        source = (open_initial if start.how == "weights" else open_source)(start.checkpoint, plan.model)
         check_same_model(source.folder, source.shapes(), plan.model)
         if start.how == "load" and (source.step or 0) >= config.max_steps:
             raise ConfigError(
@@ -227,9 +246,30 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
             )
         for note in source.notes if start.how == "load" else ():
             _say(console, note)
+        if start.how == "weights":
+            _say(console, f"Weights from {start.checkpoint}, with a fresh optimizer.")
+            _warn_of_another_vocabulary(config, console)
         # Of another tool's folder the ranks look at all that lies there, as was done here.
-        return Start(start.how, source.folder if isinstance(source, Saved) else start.checkpoint)
+        return Start(start.how, source.folder if (source.folder / MANIFEST).is_file() else start.checkpoint)
     return start
+
+
+def _warn_of_another_vocabulary(config: Config, console: Console) -> None:
+    """Weights and data of vocabularies that differ fit by their numbers, and mean other text."""
+    decided = task_of(config.model).decided_by_data(with_open_vocabulary(config)).get("vocab_size")
+    wanted = getattr(config.model, "vocab_size", None)
+    if decided is not None and decided != wanted:
+        _say(
+            console,
+            f"Warning: the weights' vocabulary has {wanted} tokens and the data's {decided}. If another tokenizer made "
+            f"the data, its ids mean other text than they meant to these weights: prepare it with theirs.",
+            style="yellow",
+        )
+
+
+def with_open_vocabulary(config: Config) -> Config:
+    """The configuration as if it left the vocabulary to its data."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": None})})
 
 
 def _refuse_another_run(folder: Path, checkpoint: Path) -> None:

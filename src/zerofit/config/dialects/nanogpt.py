@@ -49,6 +49,8 @@ DEFAULTS: dict[str, object] = {
 #: Folders that nanoGPT's own prepare scripts fill, and how zerofit makes the same tokens.
 PREPARED = {"shakespeare_char": ("shakespeare", "char"), "shakespeare": ("shakespeare", "gpt2"),
             "openwebtext": ("openwebtext", "gpt2")}  # fmt: skip
+#: What published weights bring with them.
+_OF_THE_WEIGHTS = ("n_layer", "n_head", "n_embd", "bias")
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -87,7 +89,13 @@ def read_nanogpt(text: str, source: Path) -> tuple[list[Entry], Reading]:
     reading = Reading()
     for entry in assigned.values():
         reading.add(_read(entry, used))
-    silent = [Entry(name, value, DEFAULT_ORIGIN) for name, value in DEFAULTS.items() if name not in assigned]
+    published = "init_from" in assigned and str(assigned["init_from"].value).startswith("gpt2")
+    left_out = _OF_THE_WEIGHTS if published else ()
+    silent = [
+        Entry(name, value, DEFAULT_ORIGIN)
+        for name, value in DEFAULTS.items()
+        if name not in assigned and name not in left_out
+    ]
     base = Reading()
     for entry in silent:
         base.add(_read(entry, set()))
@@ -202,21 +210,8 @@ def _is_ignored(name: str) -> bool:
 def _read(entry: Entry, used: set[str]) -> Reading:
     """One assignment as settings."""
     value = entry.value
-    match entry.name:
-        case "device":
-            return _device(entry)
-        case "init_from" if value == "scratch":
-            return noted(entry, "used", "weights are computed from the seed")
-        case "init_from" if value == "resume":
-            raise ConfigError(
-                f"{entry.origin}: init_from 'resume' goes on with a run. Write --resume on the command line, and take "
-                f"it out here."
-            )
-        case "init_from" if not aliases.is_own("init_from", entry.origin):
-            raise ConfigError(
-                f"{entry.origin}: init_from {value!r} starts from published weights. Name them on the command line: "
-                f"--load-checkpoint FOLDER --weights-only."
-            )
+    if entry.name == "device":
+        return _device(entry)
     aliases.refuse_of_generate(entry.name, entry.origin)
     alias = aliases.find_alias(entry.name)
     if alias is not None:
