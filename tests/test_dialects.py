@@ -166,6 +166,23 @@ def test_a_file_is_read_in_its_dialect(text: str, expected: tuple[Any, ...], tmp
     assert (config.micro_batch, config.accumulation_steps, config.global_batch) == expected
 
 
+def test_minus_one_step_is_hugging_face_s_way_to_say_nothing(tmp_path: Path) -> None:
+    resolved = load_config(write(tmp_path, "a.yaml", "preset: gpt2\nmax_steps: -1\nsave_total_limit: 3\n"), None)
+    assert resolved.config.max_steps == 300
+
+
+def test_nanogpt_s_default_to_compile_yields_to_zero3(tmp_path: Path) -> None:
+    path = write(tmp_path, "gpt2.py", GPT2)
+    assert load_config(path, None).config.compile
+    assert not load_config(path, None, [("strategy", "zero3")]).config.compile
+    with pytest.raises(ConfigError, match="zero3 with compile true"):
+        load_config(path, None, [("strategy", "zero3"), ("compile", "true")])
+
+
+def test_presets_with_their_size_first() -> None:
+    assert load_config(None, "char-shakespeare").config.model.n_layer == 4
+
+
 def test_mixed_dialects_leave_the_count_open(tmp_path: Path) -> None:
     text = "preset: gpt2\nmax_iters: 9\nsave_total_limit: 2\ngradient_accumulation_steps: 8\n"
     with pytest.raises(ConfigError, match=r"a.yaml:4: .*two meanings"):

@@ -19,8 +19,9 @@ from ..errors import ConfigError
 from .derived import Merged, conflicts, derive
 from .dialects import aliases
 from .dialects.deepspeed_json import looks_like_deepspeed, read_deepspeed
+from .dialects.nanogpt import DEFAULT_ORIGIN as NANOGPT_DEFAULT
 from .dialects.nanogpt import read_nanogpt
-from .dialects.notes import Note, Reading, translated
+from .dialects.notes import Note, Reading, noted, translated
 from .dialects.older_yaml import SECTIONS as OLDER_SECTIONS
 from .dialects.older_yaml import is_older, modern_name, read_older
 from .documents import Entry, describe_value, read_entries, read_scalar, read_text, write_value
@@ -95,6 +96,7 @@ def load_config(source: Path | None, preset: str | None, overrides: Sequence[tup
         for entry in layer:
             merged.put(entry, level)
     derive(merged, DEEPSPEED)
+    _spare_defaults(merged)
     refuse_contradictions(file.entries, foreign.entries, typed.entries)
     merged.drop(aliases.DEEPSPEED_FILE)
     settings = merged.settings
@@ -118,6 +120,13 @@ def refuse_contradictions(file: Iterable[Entry], foreign: Iterable[Entry], typed
             f"The configuration and its DeepSpeed file contradict each other: {'; '.join(found)}. Take one of each "
             f'two out, write "auto" in the DeepSpeed file, or say which holds on the command line, where it wins.'
         )
+
+
+def _spare_defaults(merged: Merged) -> None:
+    """nanoGPT compiles by default; under ZeRO-3 nothing can, and a default is no wish."""
+    strategy, compiled = merged.settings.get("strategy"), merged.settings.get("compile")
+    if strategy and strategy.value == "zero3" and compiled and compiled.origin == NANOGPT_DEFAULT:
+        merged.drop("compile")
 
 
 def _settled(note: Note, settings: Mapping[str, Entry]) -> Note:
@@ -224,7 +233,9 @@ def _read_entry(entry: Entry, names: list[str], dialect: aliases.Dialect | None)
         return older
     plain = replace(entry, name=modern_name(entry.name))
     alias = aliases.find_alias(plain.name)
-    if alias is not None:
+    if dialect == aliases.HUGGING_FACE and (plain.name, plain.value) == ("max_steps", -1):
+        reading = noted(plain, "ignored", "-1 leaves the length to num_train_epochs")
+    elif alias is not None:
         reading = aliases.read_alias(alias, plain, dialect)
     elif plain.name == entry.name:
         return Reading([Entry(find_key(plain.name, plain.origin).name, plain.value, plain.origin)])
