@@ -12,6 +12,7 @@ import pytest
 
 from zerofit.config.arguments import parse_arguments
 from zerofit.config.dialects import aliases
+from zerofit.config.keys import keys
 from zerofit.config.load import ResolvedConfig, load_config
 from zerofit.config.migrate import migrate
 from zerofit.errors import ConfigError
@@ -137,6 +138,14 @@ def test_the_flags_of_old_scripts_together() -> None:
 )
 def test_precision_flags_take_what_hugging_face_writes(line: str, precision: str) -> None:
     assert typed(line).config.precision == precision
+
+
+@pytest.mark.skipif("duration" not in keys(), reason="runs are counted in steps only")
+def test_epochs_and_shares_of_the_run() -> None:
+    for name in ("epochs", "num_epochs", "num_train_epochs"):
+        assert value_of(typed(f"--{name} 3"), "duration") == "3ep"
+    assert value_of(typed("--warmup_ratio 0.1"), "schedule.warmup_fraction") == 0.1
+    assert value_of(typed("--warmup_ratio 0"), "schedule.warmup_steps") == 0
 
 
 def test_ways_to_go_on() -> None:

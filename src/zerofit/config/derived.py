@@ -10,6 +10,12 @@ from .dialects.aliases import ALL_RANKS_ACCUMULATION, EVAL_ITERS, SEQUENCE_LENGT
 from .documents import Entry, describe_value
 from .keys import keys
 
+#: Two ways to say one thing: that of the later layer holds.
+_SAME_THING = (
+    ("schedule.min_ratio", "schedule.min_learning_rate"),
+    ("schedule.warmup_fraction", "schedule.warmup_steps"),
+)
+
 
 @dataclass
 class Merged:
@@ -48,6 +54,9 @@ def derive(merged: Merged, deepspeed_level: int) -> None:
     _count_over_all_ranks(merged, deepspeed_level)
     _evaluation_batches(merged)
     _sequence_length(merged)
+    for one, other in _SAME_THING:
+        if min(merged.level(one), merged.level(other)) > -1 and merged.level(one) != merged.level(other):
+            merged.drop(one if merged.level(one) < merged.level(other) else other)
 
 
 def _sequence_length(merged: Merged) -> None:

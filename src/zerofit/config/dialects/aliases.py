@@ -111,7 +111,7 @@ def _dataset(entry: Entry) -> Targets:
 def _epochs(entry: Entry) -> Targets:
     if isinstance(entry.value, bool) or not isinstance(entry.value, int | float) or entry.value <= 0:
         raise _wrong(entry, "a number of epochs above 0")
-    return [("max_steps", f"{entry.value:g}ep")]
+    return [("duration", f"{entry.value:g}ep")]
 
 
 def _always_save(entry: Entry) -> Targets:
@@ -131,8 +131,7 @@ def _warmup(entry: Entry) -> Targets:
     """A share of all steps below 1 (Hugging Face's ``warmup_ratio``)."""
     if isinstance(entry.value, bool) or not isinstance(entry.value, int | float) or not 0 <= entry.value <= 1:
         raise _wrong(entry, "a share from 0 to 1")
-    name = next((name for name in ("schedule.warmup_fraction", "schedule.warmup_ratio") if name in keys()), None)
-    return [(name or "schedule.warmup_steps", float(entry.value) if entry.value else 0)]
+    return [("schedule.warmup_fraction", float(entry.value))] if entry.value else [("schedule.warmup_steps", 0)]
 
 
 def _device(entry: Entry) -> Targets:
@@ -204,9 +203,9 @@ _TABLE = (
     Alias("train_dir", (_S,), "data.path", _as("data.path")),
     Alias("data_dir", (_S,), "data.path", _as("data.path")),
     Alias("dataset", (_N,), "data.path, as data/NAME", _dataset),
-    Alias("epochs", (_S,), "max_steps, as 3ep", _epochs, "passes over the training data"),
-    Alias("num_epochs", (_S,), "max_steps, as 3ep", _epochs, "passes over the training data"),
-    Alias("num_train_epochs", (_H,), "max_steps, as 3ep", _epochs, "passes over the training data"),
+    Alias("epochs", (_S,), "duration, as 3ep", _epochs, "passes over the training data"),
+    Alias("num_epochs", (_S,), "duration, as 3ep", _epochs, "passes over the training data"),
+    Alias("num_train_epochs", (_H,), "duration, as 3ep", _epochs, "passes over the training data"),
     Alias("max_iters", (_N,), "max_steps", _as("max_steps")),
     Alias("max_train_steps", (_S, _H), "max_steps", _as("max_steps")),
     Alias("seq_length", (_S,), "model.block_size, or model.max_seq_length of Mamba", _length),
@@ -233,7 +232,7 @@ _TABLE = (
     Alias("optim", (_H,), "optimizer.kind", _optim),
     Alias("warmup_iters", (_N,), "schedule.warmup_steps", _as("schedule.warmup_steps")),
     Alias("num_warmup_steps", (_S, _H), "schedule.warmup_steps", _as("schedule.warmup_steps")),
-    Alias("warmup_ratio", (_H,), "schedule's warm-up as a share of all steps", _warmup),
+    Alias("warmup_ratio", (_H,), "schedule.warmup_fraction", _warmup),
     Alias("lr_decay_iters", (_N,), "schedule.decay_steps", _as("schedule.decay_steps")),
     Alias("min_lr", (_N,), "schedule.min_learning_rate", _as("schedule.min_learning_rate")),
     Alias("decay_lr", (_N,), "schedule.kind (false: constant)", _truth("schedule.kind", "cosine", "constant"),

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from ...errors import ConfigError
 from ..documents import Entry, describe_value, read_entries
-from ..keys import nearest
+from ..keys import keys, nearest
 from ..schema import Config
 from . import deepspeed_keys as table
 from .notes import Outcome, Reading, noted, translated
@@ -513,8 +513,9 @@ def _scheduler_parameter(reader: _Reader, entry: Entry, leaf: str) -> Reading:
             remark = "the decay ends there; max_steps says how long the run is"
             return reader.one(entry.name, [("schedule.decay_steps", value)], remark)
         case "cos_min_ratio":
-            peak = reader.number("optimizer.params.lr", 0)
-            ratio = reader.number(entry.name, 0)
+            peak, ratio = reader.number("optimizer.params.lr", 0), reader.number(entry.name, 0)
+            if "schedule.min_ratio" in keys():
+                return reader.one(entry.name, [("schedule.min_ratio", ratio)])
             if peak is None or ratio is None:
                 return noted(entry, "auto", "a share of a learning rate that stands elsewhere; set min_learning_rate",
                              "schedule.min_learning_rate")  # fmt: skip
