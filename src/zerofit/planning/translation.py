@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from rich import box
@@ -43,7 +44,12 @@ def translation_table(notes: Sequence[Note], config: Config, plan: Plan | None) 
         here = "; ".join(f"{name} {_text(value)}" for name, value in effective(note, config, plan).items())
         parts = [part for part in (here, note.remark) if part]
         table.add_row(
-            note.key, _text(note.value), note.origin, note.outcome, ": ".join(parts), style=_STYLES.get(note.outcome)
+            note.key,
+            _text(note.value),
+            PurePath(note.origin).name,
+            note.outcome,
+            ": ".join(parts),
+            style=_STYLES.get(note.outcome),
         )
     return table
 
