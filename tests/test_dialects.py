@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from zerofit.config.arguments import parse_arguments
+from zerofit.config.derived import Merged, derive
 from zerofit.config.dialects import aliases
+from zerofit.config.documents import Entry
 from zerofit.config.keys import keys
 from zerofit.config.load import ResolvedConfig, load_config
 from zerofit.config.migrate import migrate
@@ -41,6 +43,7 @@ def write(folder: Path, name: str, text: str) -> Path:
 #: What is typed -> what it sets. Each alias with a meaning stands here once.
 FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
     "train_dir": ("--train_dir corpus", {"data.path": Path("corpus")}),
+    "val_dir": ("--val_dir x --seed 3", {"seed": 3}),
     "data_dir": ("--data-dir corpus", {"data.path": Path("corpus")}),
     "dataset": ("--dataset owt", {"data.path": Path("data/owt")}),
     "max_iters": ("--max_iters=7", {"max_steps": 7}),
@@ -452,3 +455,16 @@ def test_the_page_of_names_is_the_table() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     page = (root / "docs" / "aliases.md").read_text(encoding="utf-8")
     assert page == done.stdout, "run python scripts/write_aliases.py"
+
+
+def test_folders_of_text_and_of_pictures() -> None:
+    text = typed("--train_dir corpus --val_dir other")
+    assert text.config.data.path == Path("corpus")
+    assert [(note.key, note.outcome) for note in text.notes] == [("train_dir", "used"), ("val_dir", "ignored")]
+    merged = Merged()
+    for name, value in (("data.kind", "images"), ("@train_dir", "d/train"), ("@val_dir", "d/val")):
+        merged.put(Entry(name, value, "command line"), 4)
+    derive(merged, 3)
+    assert merged.settings["data.prepare"].value == ["d/train", "d/val"]
+    assert merged.settings["data.path"].value == "d/prepared"
+    assert merged.ignored == []

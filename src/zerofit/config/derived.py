@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 
 from ..errors import ConfigError
-from .dialects.aliases import ALL_RANKS_ACCUMULATION, EVAL_ITERS, SEQUENCE_LENGTH, ratio_to_batches
+from .dialects.aliases import (
+    ALL_RANKS_ACCUMULATION,
+    EVAL_ITERS,
+    OF_OTHER_KINDS,
+    SEQUENCE_LENGTH,
+    TRAIN_DIR,
+    VAL_DIR,
+    ratio_to_batches,
+)
 from .documents import Entry, describe_value
-from .keys import keys
+from .keys import keys, kinds
 
 #: Two ways to say one thing: that of the later layer holds.
 _SAME_THING = (
@@ -23,6 +32,8 @@ class Merged:
 
     settings: dict[str, Entry] = field(default_factory=dict)
     levels: dict[str, int] = field(default_factory=dict)
+    ignored: list[tuple[Entry, str]] = field(default_factory=list)
+    """What turned out to mean nothing for this kind of data, and why."""
 
     def put(self, entry: Entry, level: int) -> None:
         """Set; a later layer wins."""
@@ -54,6 +65,8 @@ def derive(merged: Merged, deepspeed_level: int) -> None:
     _count_over_all_ranks(merged, deepspeed_level)
     _evaluation_batches(merged)
     _sequence_length(merged)
+    _folders(merged)
+    _of_other_kinds(merged)
     for one, other in _SAME_THING:
         if min(merged.level(one), merged.level(other)) > -1 and merged.level(one) != merged.level(other):
             merged.drop(one if merged.level(one) < merged.level(other) else other)
@@ -70,6 +83,43 @@ def _sequence_length(merged: Merged) -> None:
     merged.drop(SEQUENCE_LENGTH)
     if merged.level(name) <= level:
         merged.put(Entry(name, entry.value, entry.origin), level)
+
+
+def _folders(merged: Merged) -> None:
+    """Folders for training and validation: of pictures both are prepared, of text the first holds all tokens."""
+    found = [merged.settings.get(name) for name in (TRAIN_DIR, VAL_DIR)]
+    level = max(merged.level(TRAIN_DIR), merged.level(VAL_DIR))
+    for name in (TRAIN_DIR, VAL_DIR):
+        merged.drop(name)
+    train, validation = found
+    pictures = "data.kind" in merged.settings and merged.settings["data.kind"].value == "images"
+    if pictures and train is not None:
+        folders = [str(entry.value) for entry in found if entry is not None]
+        prepared = str(PurePath(str(train.value)).parent / "prepared")
+        for name, value in (("data.prepare", folders), ("data.path", prepared)):
+            if merged.level(name) < level:
+                merged.put(Entry(name, value, train.origin), level)
+        return
+    if train is not None and merged.level("data.path") < level:
+        merged.put(Entry("data.path", train.value, train.origin), level)
+    if validation is not None:
+        why = (
+            "validation tokens lie in data.path, beside those for training" if not pictures else "train_dir is missing"
+        )
+        merged.ignored.append((Entry("val_dir", validation.value, validation.origin), why))
+
+
+def _of_other_kinds(merged: Merged) -> None:
+    """Settings of readers that this kind of data does not have: scripts pass them whatever they train on."""
+    for entry in list(merged.settings.values()):
+        key = keys().get(entry.name)
+        if key is None or not key.kinds or key.leaf not in OF_OTHER_KINDS:
+            continue
+        section = entry.name.partition(".")[0]
+        kind = merged.settings.get(f"{section}.kind")
+        if (str(kind.value) if kind else next(iter(kinds(section)))) not in key.kinds:
+            merged.drop(entry.name)
+            merged.ignored.append((Entry(key.leaf, entry.value, entry.origin), OF_OTHER_KINDS[key.leaf]))
 
 
 def _displace_global_batch(merged: Merged) -> None:

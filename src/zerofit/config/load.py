@@ -104,7 +104,15 @@ def load_config(source: Path | None, preset: str | None, overrides: Sequence[tup
     present = [key for key in keys().values() if not key.kinds or _kind_in(config, key) in key.kinds]
     origins = {key.name: settings[key.name].origin if key.name in settings else DEFAULT for key in present}
     notes = [*(file.reading.notes if file.reading else ()), *foreign.notes, *typed.notes]
-    return ResolvedConfig(config, origins, tuple(_settled(note, settings) for note in notes))
+    return ResolvedConfig(config, origins, tuple(_settled(note, settings) for note in without_ignored(notes, merged)))
+
+
+def without_ignored(notes: Sequence[Note], merged: Merged) -> list[Note]:
+    """The notes, where those of settings that mean nothing for this kind of data say so."""
+    gone = {entry.origin + entry.name: Note(entry.name, entry.value, entry.origin, "ignored", (), why)
+            for entry, why in merged.ignored}  # fmt: skip
+    kept = [note for note in notes if note.origin + note.key.rpartition(".")[2] not in gone]
+    return [*kept, *gone.values()]
 
 
 def refuse_contradictions(file: Iterable[Entry], foreign: Iterable[Entry], typed: Iterable[Entry]) -> None:

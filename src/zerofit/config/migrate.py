@@ -20,6 +20,7 @@ from .load import (
     read_named_deepspeed,
     read_preset,
     refuse_contradictions,
+    without_ignored,
 )
 
 _LINE = 120
@@ -63,7 +64,8 @@ def _read(source: Path) -> tuple[str | None, Merged, list[Note], bool]:
     named = {entry.name for entry in read_preset(file.base)} if file.base else set()
     silence = [entry for entry in foreign.defaults if entry.name not in named]
     layers = [(SILENCE, silence), (BASE, list(file.defaults)), (FILE, own.entries), (DEEPSPEED, foreign.entries)]
-    return file.base, _merge(layers), [*own.notes, *foreign.notes], False
+    merged = _merge(layers)
+    return file.base, merged, without_ignored([*own.notes, *foreign.notes], merged), False
 
 
 def _merge(layers: Sequence[tuple[int, Sequence[Entry]]]) -> Merged:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import PurePath
 from typing import Literal
 
@@ -27,6 +28,7 @@ HUGGING_FACE: Dialect = "Hugging Face"
 ALL_RANKS_ACCUMULATION = "@accumulation_over_all_ranks"
 EVAL_ITERS = "@eval_iters"
 SEQUENCE_LENGTH = "@sequence_length"
+TRAIN_DIR, VAL_DIR = "@train_dir", "@val_dir"
 DEEPSPEED_FILE = "@deepspeed_file"
 #: And what becomes of them, for the table.
 DERIVED = {
@@ -34,6 +36,8 @@ DERIVED = {
     EVAL_ITERS: ("eval_batches",),
     DEEPSPEED_FILE: (),
     SEQUENCE_LENGTH: (),
+    TRAIN_DIR: ("data.path",),
+    VAL_DIR: ("data.prepare",),
 }
 
 Targets = Iterable[tuple[str, object]]
@@ -200,7 +204,9 @@ _MIXED = {**_PRECISIONS, "no": "fp32", "none": "fp32", "false": "fp32", "true": 
 
 _TABLE = (
     # Data and length
-    Alias("train_dir", (_S,), "data.path", _as("data.path")),
+    Alias("train_dir", (_S,), "data.path; for pictures the first of data.prepare", _as(TRAIN_DIR)),
+    Alias("val_dir", (_S,), "for pictures the second of data.prepare; for text nothing: validation tokens lie in "
+          "data.path, beside those for training", _as(VAL_DIR)),
     Alias("data_dir", (_S,), "data.path", _as("data.path")),
     Alias("dataset", (_N,), "data.path, as data/NAME", _dataset),
     Alias("epochs", (_S,), "duration, as 3ep", _epochs, "passes over the training data"),
@@ -275,7 +281,6 @@ _TABLE = (
           off=(0,)),
     Alias("pin_memory", (_S,), "nothing: batches are page-locked whenever training is on a GPU"),
     Alias("dataloader_pin_memory", (_H,), "nothing: batches are page-locked whenever training is on a GPU"),
-    Alias("val_dir", (_S,), "nothing: validation tokens lie in data.path, beside those for training"),
     Alias("port", (_S,), "nothing: the launcher finds a free port itself"),
     Alias("master_port", (_S,), "nothing: the launcher finds a free port itself"),
     Alias("backend", (_N,), "nothing: NCCL on GPUs, gloo on CPUs"),
@@ -291,11 +296,18 @@ _TABLE = (
     Alias("tf32", (_H,), "nothing: fp32 is exact, and bf16 or fp16 is what precision says", switch=True),
 )  # fmt: skip
 
+#: Settings of one kind of data that mean nothing for another, where scripts pass them all the same.
+OF_OTHER_KINDS = {
+    "num_workers": "tokens are read from memory-mapped files without workers",
+    "pin_memory": "batches are page-locked whenever training is on a GPU",
+}
+
 #: Names of ``sample.py`` and the like, which belong to another verb.
 OF_GENERATE = ("num_samples", "max_new_tokens", "temperature", "top_k", "start")
 
 
-def aliases() -> dict[str, Alias]:
+@cache
+def aliases() -> Mapping[str, Alias]:
     """Familiar names that are not zerofit's own, by name."""
     return {alias.name: alias for alias in _TABLE if not _is_native(alias.name)}
 
