@@ -414,9 +414,10 @@ def test_a_file_and_its_deepspeed_json_must_not_contradict_each_other(tmp_path: 
     assert load_config(path, None, [("micro_batch", "1")]).config.micro_batch == 1
 
 
-@pytest.mark.parametrize("name", ["char.py", "gpt2.py", "ft.py", "old.yaml", "mamba.yaml"])
+@pytest.mark.parametrize("name", ["char.py", "gpt2.py", "ft.py", "old.yaml", "mamba.yaml", "hf.yaml"])
 def test_a_migrated_file_loads_as_the_same_configuration(name: str, tmp_path: Path) -> None:
     texts = {"char.py": SHAKESPEARE_CHAR, "gpt2.py": GPT2, "ft.py": FINE_TUNING, "old.yaml": DISTRIBUTED}
+    texts["hf.yaml"] = "preset: gpt2\nper_device_train_batch_size: 2\ngradient_accumulation_steps: 8\nsave_steps: 9\n"
     write(tmp_path, "ds.json", json.dumps(ZERO_2))
     before = write(tmp_path, name, texts.get(name, MAMBA))
     after = write(tmp_path, "native.yaml", migrate(before))
@@ -435,6 +436,22 @@ def test_a_deepspeed_file_is_migrated_too(tmp_path: Path) -> None:
     after = write(tmp_path, "native.yaml", f"preset: gpt2\n{text}")
     config = load_config(after, None).config
     assert (config.global_batch, config.precision, config.offload) == (32, "bf16", "none")
+
+
+def test_a_total_of_a_later_layer_is_split_anew(tmp_path: Path) -> None:
+    write(tmp_path, "ds.json", json.dumps({**ZERO_2, "gradient_accumulation_steps": 8}))
+    path = write(tmp_path, "a.yaml", "preset: gpt2\nmicro_batch: 2\ndeepspeed_config: ds.json\n")
+    assert load_config(path, None).config.global_batch is None
+    resolved = load_config(path, None, [("global_batch", "32")])
+    assert (resolved.config.global_batch, resolved.config.accumulation_steps) == (32, None)
+    note = next(note for note in resolved.notes if note.key == "gradient_accumulation_steps")
+    assert (note.outcome, note.origin.rpartition("/")[2]) == ("overridden", "ds.json:1")
+
+
+def test_a_deepspeed_block_in_place_of_a_path_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "preset: gpt2\ndeepspeed: {zero_optimization: {stage: 2}}\n")
+    with pytest.raises(ConfigError, match=r"a.yaml:2: deepspeed .*to a file of its own"):
+        load_config(path, None)
 
 
 def test_the_verb_writes_a_file_and_never_over_one(tmp_path: Path) -> None:

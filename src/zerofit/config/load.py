@@ -141,6 +141,8 @@ def _settled(note: Note, settings: Mapping[str, Entry]) -> Note:
     """The note, where a later layer said otherwise."""
     given = [(name, value) for name, value in zip(note.targets, note.values, strict=False) if name in settings]
     others = [settings[name].origin for name, value in given if settings[name].value != value]
+    if any(name in keys() and name not in settings for name, _ in zip(note.targets, note.values, strict=False)):
+        return replace(note, outcome="overridden", remark="worked out anew: a later layer says the batch otherwise")
     if not others:
         return note
     return replace(note, outcome="overridden", remark=f"{' and '.join(dict.fromkeys(others))} decides")

@@ -193,6 +193,8 @@ def _length(entry: Entry) -> Targets:
 
 def _deepspeed_file(entry: Entry) -> Targets:
     """A path; true or false only say whether DeepSpeed may be used, which the plan decides."""
+    if not isinstance(entry.value, str | bool | None):
+        raise _wrong(entry, "the path of a DeepSpeed JSON; write a block of its keys to a file of its own")
     return [] if str(entry.value).lower() in ("true", "false", "none") else [(DEEPSPEED_FILE, str(entry.value))]
 
 
