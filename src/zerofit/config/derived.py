@@ -78,8 +78,8 @@ def _sequence_length(merged: Merged) -> None:
     if entry is None:
         return
     kind = merged.settings["model.kind"].value if "model.kind" in merged.settings else None
-    is_mamba = kind == "mamba" or (kind is None and "model.d_model" in merged.settings)
-    name, level = "model.max_seq_length" if is_mamba else "model.block_size", merged.level(SEQUENCE_LENGTH)
+    named = "model.d_model" in merged.settings if kind is None else kind in keys()["model.max_seq_length"].kinds
+    name, level = "model.max_seq_length" if named else "model.block_size", merged.level(SEQUENCE_LENGTH)
     merged.drop(SEQUENCE_LENGTH)
     if merged.level(name) <= level:
         merged.put(Entry(name, entry.value, entry.origin), level)

@@ -71,7 +71,12 @@ class ConfigFile:
         return self.reading.entries if self.reading else []
 
 
-def load_config(source: Path | None, preset: str | None, overrides: Sequence[tuple[str, str]] = ()) -> ResolvedConfig:
+def load_config(
+    source: Path | None,
+    preset: str | None,
+    overrides: Sequence[tuple[str, str]] = (),
+    fallbacks: Sequence[tuple[str, str]] = (),
+) -> ResolvedConfig:
     """Merge a preset, a file, a DeepSpeed JSON and overrides, and validate the outcome.
 
     Args:
@@ -80,6 +85,7 @@ def load_config(source: Path | None, preset: str | None, overrides: Sequence[tup
         preset: name of a preset; wins over the one that the file names.
         overrides: key and value as typed; the key dotted or short or a familiar name of another tool, the value a YAML
             scalar. The last one wins.
+        fallbacks: the same, for what nothing else sets.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a wrong type or value, an illegal combination, a file
@@ -91,7 +97,8 @@ def load_config(source: Path | None, preset: str | None, overrides: Sequence[tup
     base = read_preset(name) if name else list(file.defaults)
     foreign = read_named_deepspeed(file.entries, typed.entries, source)
     merged = Merged()
-    layers = foreign.defaults, base, file.entries, foreign.entries, typed.entries
+    silence = [*_read_overrides(fallbacks, file.dialect).entries, *foreign.defaults]
+    layers = silence, base, file.entries, foreign.entries, typed.entries
     for level, layer in enumerate(layers):
         for entry in layer:
             merged.put(entry, level)

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from .base import ModelSpec
     from .stepping import Stepper
 
-MODELS = {"gpt2": "zerofit.models.gpt2:SPEC"}
-
+MODELS = {"gpt2": "zerofit.models.gpt2:SPEC", "huggingface": "zerofit.models.huggingface:SPEC"}
 
 #: Architectures that can go on from a state; the others are generated from with their forward pass.
 STEPPERS = {"gpt2": "zerofit.models.gpt2_stepping:GPT2Stepper"}
