@@ -338,6 +338,28 @@ def test_any_tokenizer_of_the_tokenizers_library(tmp_path: Path, monkeypatch: py
     assert results[0] == results[1]
 
 
+def test_the_tokenizer_goes_along_with_an_export(tmp_path: Path) -> None:
+    """transformers reads the exported folder's tokenizer as the corpus was made with."""
+    from types import SimpleNamespace
+
+    transformers = pytest.importorskip("transformers")
+    from zerofit.checkpoint.export_formats import _write_tokenizer
+
+    (tmp_path / "a.jsonl").write_bytes(JSONL)
+    out = tmp_path / "out"
+    _prepare(out, tmp_path / "a.jsonl", tokenizer=str(_tokenizer_folder(tmp_path / "tok")))
+    job: Any = SimpleNamespace(
+        source=SimpleNamespace(state={"data_path": str(out)}), model=SimpleNamespace(sequence_length=64)
+    )
+    (tmp_path / "export").mkdir()
+    assert "was written" in _write_tokenizer(job, tmp_path / "export")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    mine = load_tokenizer(out)
+    assert mine is not None
+    assert theirs.encode(LINES[3]) == mine.encode(LINES[3]).tolist()
+    assert theirs.eos_token_id == mine.end_of_text
+
+
 def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(JSONL)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -437,15 +459,15 @@ def test_files_are_read_for_their_largest_id_once(tmp_path: Path, monkeypatch: p
     _nanogpt(tmp_path, {"vocab_size": 4})
     model = GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=4, block_size=4)
     check_data(tmp_path, model)
-    scans: list[int] = []
+    scans: list[str] = []
     real = metadata.largest_token
-    monkeypatch.setattr(metadata, "largest_token", lambda tokens: scans.append(len(tokens)) or real(tokens))
+    monkeypatch.setattr(metadata, "largest_token", lambda path, dtype: scans.append(path.name) or real(path, dtype))
     check_data(tmp_path, model)
     assert scans == []
     np.full(400, 9, dtype=np.uint16).tofile(tmp_path / "val.bin")
     with pytest.raises(DataError, match="token 9"):
         check_data(tmp_path, model)
-    assert scans == [400]
+    assert scans == ["val.bin"]
 
 
 def test_chunks_hold_bounded_text() -> None:

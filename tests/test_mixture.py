@@ -149,6 +149,16 @@ def test_a_mixture_is_read_and_written_back(tmp_path: Path) -> None:
     assert load_config(_yaml(tmp_path, {"sources": {"a": 1}}), None).config.data.path == Path("data")
 
 
+def test_mixtures_and_stages_from_python() -> None:
+    from zerofit.api import _resolve
+
+    tiny = {"n_layer": 1, "n_head": 1, "n_embd": 8}
+    stages = [{"until": 5, "data": {"path": "x"}}, {"learning_rate": 0.1}]
+    config = _resolve(None, None, {"model": tiny, "data": {"sources": {"a": 1, "b": 2}}, "stages": stages}).config
+    assert config.data.sources["b"].weight == 2
+    assert [stage.until for stage in config.stages] == [5, None]
+
+
 @pytest.mark.parametrize(
     ("sources", "said"),
     [

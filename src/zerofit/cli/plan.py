@@ -93,7 +93,7 @@ def with_vocabulary(resolved: ResolvedConfig) -> Config:
         return start.with_model_of_data(resolved).config
     except DataError as error:
         config = resolved.config
-        if config.data.prepare and config.data.tokenizer in VOCABULARIES:
+        if (config.data.prepare or config.data.sources) and config.data.tokenizer in VOCABULARIES:
             known = {"vocab_size": VOCABULARIES[config.data.tokenizer]}
             return config.model_copy(update={"model": config.model.model_copy(update=known)})
         raise DataError(

@@ -154,24 +154,28 @@ def infer_width(path: Path) -> Width:
     return Width(narrow, "its odd and even pairs of bytes look alike")
 
 
-def largest_token(tokens: NDArray[Any]) -> int:
-    """Largest id, read in pieces."""
-    return max(int(tokens[i : i + SCAN_TOKENS].max()) for i in range(0, len(tokens), SCAN_TOKENS))
+def largest_token(path: Path, dtype: np.dtype[Any]) -> int:
+    """Largest id in a file, read in pieces; not mapped, so that nothing counts as this process's memory."""
+    largest = 0
+    with path.open("rb") as file:
+        while len(tokens := np.fromfile(file, dtype, SCAN_TOKENS)):
+            largest = max(largest, int(tokens.max()))
+    return largest
 
 
-def known_largest(path: Path, tokens: NDArray[Any]) -> int:
+def known_largest(path: Path, dtype: np.dtype[Any]) -> int:
     """Largest id of a split. A file of the same size and time is read once; what was found stands in `SCAN` beside it.
 
     Where the folder cannot be written to, it is read each time.
     """
     status = path.stat()
-    key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "dtype": tokens.dtype.name}
+    key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "dtype": dtype.name}
     scan = path.with_name(SCAN)
     known = _read_scan(scan)
     entry = known.get(path.name)
     if isinstance(entry, dict) and {k: entry.get(k) for k in key} == key and isinstance(entry.get("largest"), int):
         return int(entry["largest"])
-    largest = largest_token(tokens)
+    largest = largest_token(path, dtype)
     try:
         work = scan.with_name(f".{SCAN}.partial")
         work.write_text(json.dumps(known | {path.name: {**key, "largest": largest}}), encoding="utf-8")

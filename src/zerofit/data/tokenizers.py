@@ -169,7 +169,10 @@ class HuggingFaceTokenizer:
         return {key: value for key, value in vars(self).items() if key != "_tokenizer"}
 
     def encode(self, text: str) -> NDArray[np.uint32]:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        tokenizer = self._tokenizer
+        if hasattr(tokenizer, "encode_batch_fast"):  # keeps no offsets: a quarter faster
+            return np.array(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
+        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         kept = [i for i in ids if i < self.vocab_size]

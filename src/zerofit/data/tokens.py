@@ -49,7 +49,7 @@ def vocabulary_size(folder: Path) -> int:
 
 def largest_of(folder: Path, split: str) -> int:
     """Largest id in a split; a file that has not changed is not read again."""
-    return known_largest(folder / f"{split}.bin", open_tokens(folder, split))
+    return known_largest(folder / f"{split}.bin", open_tokens(folder, split).dtype)
 
 
 def describe_inferred(folder: Path) -> str | None:

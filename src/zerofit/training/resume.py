@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import Manifest, check_same_model
+from ..config.keys import keys
 from ..config.schema import Config
 from ..errors import CheckpointError
 from ..planning.plan import Plan
@@ -45,6 +46,8 @@ def check_resumable(folder: Path, manifest: Manifest, config: Config, plan: Plan
     _refuse_another(folder, "global_batch", state["global_batch"], plan.global_batch)
     before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
+        if key not in before and key in keys() and now[key] == keys()[key].plain_default:
+            continue  # an older version had no such setting
         if not may_change(key) and before.get(key) != now.get(key):
             _refuse_another(folder, key, before.get(key), now.get(key))
     for split, found in data.items():

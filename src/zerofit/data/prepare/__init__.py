@@ -59,14 +59,15 @@ class Prepared:
     made_now: bool
     """False when the folder held the same already."""
     documents: dict[str, int] | None = None
-    """Split -> documents that start in it; None in folders of an older version."""
+    """Split -> documents in it, one across the border in both; None in folders of an older version."""
+    document_count: int | None = None
     notes: tuple[str, ...] = ()
     """What people should hear: skipped documents, cuts."""
 
     def describe(self) -> str:
         """One line for people, and one for each note."""
         counts = ", ".join(f"{self.tokens[split]:,} {split} tokens" for split in SPLITS)
-        documents = f", {sum(self.documents.values()):,} documents" if self.documents else ""
+        documents = f", {self.document_count:,} documents" if self.document_count else ""
         line = f"{self.folder}: {counts}{documents}, vocabulary {self.vocab_size:,} ({self.tokenizer})"
         return "\n".join((line, *self.notes))
 
@@ -136,7 +137,8 @@ def _already_there(folder: Path, request: dict[str, Any]) -> Prepared:
             f"{folder} holds tokens made from {meta.get('request', 'something else')}, and {request} was asked for. "
             f"Prepare into another folder (--out), or write over it with --force."
         )
-    return Prepared(folder, meta["tokens"], meta["vocab_size"], meta["tokenizer"], False, meta.get("documents"))
+    documents, count = meta.get("documents"), meta.get("document_count")
+    return Prepared(folder, meta["tokens"], meta["vocab_size"], meta["tokenizer"], False, documents, count)
 
 
 def _alphabet(corpus: Corpus, bar: Meter) -> Iterator[str]:
@@ -186,6 +188,7 @@ def _tokenise(
         "vocab_size": tokenizer.vocab_size,
         "tokens": tokens,
         "documents": documents,
+        "document_count": tally.documents,
         "empty_documents": tally.empty,
         "characters": tally.characters,
         "end_of_text_token": tokenizer.end_of_text,
@@ -197,7 +200,9 @@ def _tokenise(
     _publish(work, config.path)
     for split in SPLITS:
         largest_of(config.path, split)  # so that no start has to read the files
-    return Prepared(config.path, tokens, tokenizer.vocab_size, tokenizer.name, True, documents, tuple(notes))
+    return Prepared(
+        config.path, tokens, tokenizer.vocab_size, tokenizer.name, True, documents, tally.documents, tuple(notes)
+    )
 
 
 def _write_meta(folder: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
