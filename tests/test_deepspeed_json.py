@@ -14,6 +14,7 @@ from zerofit.config.dialects.notes import Note, Reading
 from zerofit.config.keys import keys
 from zerofit.config.load import ResolvedConfig, load_config
 from zerofit.errors import ConfigError
+from zerofit.planning.batch import possible_splits
 
 SOURCE = Path("ds.json")
 
@@ -373,6 +374,7 @@ def test_silence_means_deepspeed_s_defaults_and_yields_to_everything(tmp_path: P
     silent = load({"train_micro_batch_size_per_gpu": 8}, tmp_path)
     assert (silent.config.strategy, silent.config.precision) == ("ddp", "fp32")
     assert silent.origins["strategy"].startswith("DeepSpeed's default")
+    assert possible_splits(silent.config, 1)[0].accumulation_steps == 8  # the preset's batch of 64 holds
     told = load({"train_micro_batch_size_per_gpu": 8}, tmp_path, ("strategy", "zero3"), ("precision", "bf16"))
     assert (told.config.strategy, told.config.precision) == ("zero3", "bf16")
 

@@ -18,6 +18,7 @@ from zerofit.config.keys import keys
 from zerofit.config.load import ResolvedConfig, load_config
 from zerofit.config.migrate import migrate
 from zerofit.errors import ConfigError
+from zerofit.planning.batch import possible_splits
 
 ZERO_2 = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
 
@@ -446,6 +447,24 @@ def test_a_total_of_a_later_layer_is_split_anew(tmp_path: Path) -> None:
     assert (resolved.config.global_batch, resolved.config.accumulation_steps) == (32, None)
     note = next(note for note in resolved.notes if note.key == "gradient_accumulation_steps")
     assert (note.outcome, note.origin.rpartition("/")[2]) == ("overridden", "ds.json:1")
+
+
+@pytest.mark.parametrize(
+    ("file", "document"),
+    [
+        ("global_batch: 48", {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8}),
+        ("micro_batch: 4\naccumulation_steps: 8", {"train_batch_size": 48}),
+    ],
+)
+def test_a_file_s_batch_and_a_json_s_are_both_kept_for_the_plan_to_compare(
+    file: str, document: dict[str, int], tmp_path: Path
+) -> None:
+    write(tmp_path, "ds.json", json.dumps({**ZERO_2, **document}))
+    config = load_config(write(tmp_path, "a.yaml", f"preset: gpt2\n{file}\ndeepspeed_config: ds.json\n"), None).config
+    with pytest.raises(ConfigError, match="no whole solution"):
+        possible_splits(config, 1)
+    config = load_config(tmp_path / "a.yaml", None, [("global_batch", "64")]).config
+    assert possible_splits(config, 2)[0].global_batch == 64
 
 
 def test_a_deepspeed_block_in_place_of_a_path_is_refused(tmp_path: Path) -> None:

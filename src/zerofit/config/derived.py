@@ -19,6 +19,8 @@ from .dialects.aliases import (
 from .documents import Entry, describe_value
 from .keys import keys, kinds
 
+#: The layer of what DeepSpeed takes where its file is silent: everything wins over it.
+SILENCE = 0
 #: Two ways to say one thing: that of the later layer holds.
 _SAME_THING = (
     ("schedule.min_ratio", "schedule.min_learning_rate"),
@@ -61,7 +63,7 @@ def derive(merged: Merged, deepspeed_level: int) -> None:
     Raises:
         ConfigError: two ways of counting accumulation contradict each other.
     """
-    _displace_global_batch(merged)
+    _displace_global_batch(merged, deepspeed_level)
     _count_over_all_ranks(merged, deepspeed_level)
     _evaluation_batches(merged)
     _sequence_length(merged)
@@ -122,9 +124,19 @@ def _of_other_kinds(merged: Merged) -> None:
             merged.ignored.append((Entry(key.leaf, entry.value, entry.origin), OF_OTHER_KINDS[key.leaf]))
 
 
-def _displace_global_batch(merged: Merged) -> None:
-    """A layer that says micro-batch and accumulation has said the batch: an earlier layer's total yields."""
+def _displace_global_batch(merged: Merged, deepspeed_level: int) -> None:
+    """A layer that says micro-batch and accumulation has said the batch: an earlier layer's total yields.
+
+    Not between a file and its DeepSpeed JSON, which must not contradict each other: the plan compares them, when it
+    knows the number of GPUs.
+    """
     parts = [merged.level(name) for name in ("micro_batch", "accumulation_steps")]
+    both = {merged.level("global_batch"), *parts}
+    if both == {deepspeed_level - 1, deepspeed_level}:
+        return
+    if parts[1] == SILENCE < merged.level("global_batch"):
+        merged.drop("accumulation_steps")
+        return
     if -1 < merged.level("global_batch") < min(parts):
         merged.drop("global_batch")
     # The other way round: a total of a later layer is split anew.

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from ..errors import ConfigError
-from .derived import Merged, conflicts, derive
+from .derived import SILENCE, Merged, conflicts, derive
 from .dialects import aliases
 from .dialects.deepspeed_json import looks_like_deepspeed, read_deepspeed
 from .dialects.nanogpt import DEFAULT_ORIGIN as NANOGPT_DEFAULT
@@ -32,7 +32,7 @@ from .schema import Config
 DEFAULT = "default"
 COMMAND_LINE = "command line"
 #: Layers in the order in which they win.
-SILENCE, BASE, FILE, DEEPSPEED, TYPED = range(5)
+BASE, FILE, DEEPSPEED, TYPED = range(SILENCE + 1, SILENCE + 5)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .derived import Merged, derive
+from .derived import SILENCE, Merged, derive
 from .dialects import aliases
 from .dialects.deepspeed_json import looks_like_deepspeed, read_deepspeed
 from .dialects.notes import Note, Reading
@@ -15,7 +15,6 @@ from .load import (
     BASE,
     DEEPSPEED,
     FILE,
-    SILENCE,
     read_config_file,
     read_named_deepspeed,
     read_preset,
