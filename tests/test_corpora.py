@@ -166,7 +166,7 @@ def _raising(error: type[BaseException]) -> Callable[..., None]:
 
 def test_a_killed_process_loses_no_finished_work(tmp_path: Path) -> None:
     """SIGKILL while two processes tokenise; the same command again gives what an undisturbed one gives."""
-    text = ("".join(LINES) * 40 + "\n") * 60  # 4.6 MB a file
+    text = ("".join(LINES) * 40 + "\n") * 20  # 1.8 MB a file
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(text + str(i))
     code = (
@@ -174,22 +174,45 @@ def test_a_killed_process_loses_no_finished_work(tmp_path: Path) -> None:
         "from zerofit.config.schema import DataConfig\n"
         "from zerofit.data.prepare import prepare, shards\n"
         "shards.RECORD_SECONDS = 0.0\n"
+        "if len(sys.argv) > 3:\n"  # slow enough to be killed half-way
+        "    import time; add = shards.Shards.add\n"
+        "    shards.Shards.add = lambda *a: (add(*a), time.sleep(0.5))\n"
         "print(prepare(DataConfig(path=Path(sys.argv[2]), prepare=(sys.argv[1],), tokenizer='bytes'), workers=2)"
         ".describe())\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "*.txt")]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    process = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "out"), "slow"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     journal = tmp_path / "out.partial" / "journal.json"
     deadline = time.monotonic() + 60
     while not journal.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
+    workers = _children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "out").exists(), "finished before it could be killed"
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert workers or not Path("/proc/self/stat").exists()
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)  # none is left behind
+    assert not (tmp_path / "out").exists()
     again = subprocess.run([*command, str(tmp_path / "out")], check=True, capture_output=True, text=True)
     assert "chunks were kept" in again.stdout
     assert _files(tmp_path / "out") == _files(tmp_path / "whole")
+
+
+def _children(pid: int) -> list[int]:
+    """Processes that a process has started, as Linux tells."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        found += [int(path.parent.name)] if int(state[1]) == pid else []
+    return found
 
 
 def test_text_that_changed_since_the_kill_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,6 +216,16 @@ def test_stages_are_a_function_of_the_step(tmp_path: Path) -> None:
     assert "steps 11 to 20, base, peak learning rate 0.5" in lines[1]
 
 
+def test_the_ends_of_stages_count_in_the_disk_that_a_run_needs(tmp_path: Path) -> None:
+    from zerofit.planning.candidates import checkpoint_bytes
+
+    with_stages, without = _staged_config(tmp_path, STAGES), _staged_config(tmp_path, [])
+    assert (
+        checkpoint_bytes(with_stages, 100)[1] - checkpoint_bytes(without, 100)[1]
+        == 2 * checkpoint_bytes(without, 100)[0]
+    )
+
+
 def test_the_last_stage_ends_the_run_and_gives_its_data(tmp_path: Path) -> None:
     path = _yaml(tmp_path, None, stages=[{"until": 5, "data": {"path": "a"}}, {"until": 9, "data": {"path": "b"}}])
     config = load_config(path, None).config

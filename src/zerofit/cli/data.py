@@ -85,6 +85,7 @@ def show(
     from rich.console import Console
 
     from ..data.documents import Documents
+    from ..data.metadata import token_width
     from ..data.tokenizers import load_tokenizer
     from ..data.tokens import TokenDataset, open_tokens, vocabulary_size
     from ..errors import DataError
@@ -111,6 +112,9 @@ def show(
         return
     console = Console(highlight=False)
     console.print(f"{path / split}.bin: {len(ids):,} tokens, vocabulary {vocabulary_size(path):,}")
+    width = token_width(path, path / f"{split}.bin")
+    if width.reason is not None:
+        console.print(f"There is no meta.json: the tokens are taken as {width.dtype.name} ({width.reason}).")
     for number, (start, window, mark) in enumerate(zip(starts.tolist(), windows, marks, strict=True)):
         console.rule(f"sample {number}, from token {start:,}")
         console.print(_coloured(window, tokenizer, mark))

@@ -275,11 +275,13 @@ def zero_plan(config: Config, device: str, parameters: int, tight: bool, offload
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> tuple[int, int]:
-    """One checkpoint, and all that lie on the disk at once: the newest, the best, and the one being written."""
+    """One checkpoint, and all that lie on the disk at once: the newest, the best, the ends of stages, and the one being
+    written."""
     one = CHECKPOINT_BYTES_A_PARAMETER * parameters
     if config.save_interval == "never" and not config.save_on_improvement:
         return one, 0
-    return one, one * (config.keep_checkpoints + (config.keep_best or 1) + 1)
+    stages = 0 if config.save_interval == "never" else max(len(config.stages) - 1, 0)  # the last one is the newest
+    return one, one * (config.keep_checkpoints + (config.keep_best or 1) + stages + 1)
 
 
 def checkpointing_of(plan: Plan) -> str | int:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.schema import Config
-from ..config.stages import describe_data, describe_stages
+from ..config.stages import describe_data, describe_stages, spans
 from .candidates import Candidate, checkpointing_of, describe
 from .choose import Choice
 from .hardware import Hardware
@@ -247,6 +247,16 @@ def choice_json(choice: Choice, config: Config) -> dict[str, Any]:
         "goal": choice.goal,
         "candidates": [candidate_json(candidate, config) for candidate in choice.candidates],
         "chosen": None if chosen is None else {**chosen.plan.model_dump(mode="json"), **candidate_json(chosen, config)},
+        "stages": [
+            {
+                "name": s.name,
+                "start": s.start,
+                "stop": s.stop,
+                "data": describe_data(s.data),
+                "learning_rate": s.learning_rate,
+            }
+            for s in (spans(config) if config.stages else ())
+        ],
         "warnings": list(choice.warnings),
         "notes": list(choice.notes),
     }

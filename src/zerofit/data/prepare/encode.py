@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from types import ModuleType
 from typing import Any
 
@@ -131,10 +132,19 @@ def _begin_worker(tokenizer: Tokenizer) -> None:
     """Ctrl-C is for the main process, which ends its workers; the library's own threads would be too many."""
     import signal
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer = tokenizer
+
+
+def _end_with_parent() -> None:
+    """A worker holds both ends of the queue that it waits at, so that nothing there tells it that its parent died."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode_in_worker(pieces: Sequence[Piece]) -> Encoded:
