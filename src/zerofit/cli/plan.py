@@ -46,6 +46,7 @@ def _plan(request: PlanRequest) -> None:
     from ..planning.described import described_hardware
     from ..planning.explain import choice_json, print_choice, print_formulas
     from ..planning.hardware import probe
+    from ..planning.translation import print_translation, translation_json
 
     typed = parse_arguments(request.rest)
     if typed.resume or typed.run or typed.dry_run:
@@ -53,17 +54,20 @@ def _plan(request: PlanRequest) -> None:
             "`zerofit plan` was given --resume, --run or --dry-run, which belong to `zerofit train`: a plan starts and "
             "continues nothing. Leave them away, or write `zerofit train … --dry-run`."
         )
-    config = with_vocabulary(load_config(typed.source, typed.preset, typed.overrides, NO_DATA))
+    resolved = load_config(typed.source, typed.preset, typed.overrides, NO_DATA)
+    config = with_vocabulary(resolved)
     hardware = probe(config.runs_dir, config.nvme_path)
     if request.described:
         hardware = described_hardware(request.described, hardware)
     everything = "all" in request.switches
     choice = survey(config, hardware, everything=everything)
     if typed.as_json:
-        print(json.dumps(choice_json(choice, config)))
+        plan = choice.chosen.plan if choice.chosen else None
+        print(json.dumps({**choice_json(choice, config), "keys": translation_json(resolved.notes, config, plan)}))
     else:
         console = _console()
         print_choice(console, config, choice, everything=everything)
+        print_translation(console, resolved.notes, config, choice.chosen.plan if choice.chosen else None)
         if "explain" in request.switches:
             print_formulas(console, choice)
     if choice.chosen is None:

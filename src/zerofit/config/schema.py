@@ -154,7 +154,7 @@ class ZeroConfig(Section):
     """Reduce gradients while the backward pass goes on; costs a second bucket."""
     reduce_bucket_elements: Positive | None = None
     """Elements (not bytes) of a gradient bucket."""
-    prefetch_bucket_elements: Positive | None = None
+    prefetch_bucket_elements: Annotated[int, Field(ge=0)] | None = None
     """ZeRO-3: elements gathered ahead of their use."""
     persistence_threshold_elements: Annotated[int, Field(ge=0)] | None = None
     """ZeRO-3: parameters below this size are not partitioned."""
@@ -253,6 +253,8 @@ class Config(Section):
     """Keep this many checkpoints with the lowest validation loss, too."""
     sample_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of text to generate and print when training ends; 0 for none."""
+    sample_interval: Interval = "never"
+    """Steps between such texts while training goes on, or ``never``. All ranks write them together."""
     sample_prompt: str = "\n"
     """Start of that text."""
     collective_timeout_seconds: Positive = 600
@@ -279,6 +281,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _legal_combination(self) -> Config:
         _check_offload(self)
+        if self.sample_interval != "never" and not self.sample_tokens:
+            raise ValueError(
+                f"sample_interval {self.sample_interval} with sample_tokens 0: a text of no tokens is asked for; set "
+                f"sample_tokens, or sample_interval never"
+            )
         if self.compile and self.strategy == "zero3":
             raise ValueError(
                 "strategy zero3 with compile true: torch.compile traces DeepSpeed's gathering hooks, and on GPUs the "

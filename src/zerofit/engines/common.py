@@ -191,8 +191,12 @@ def _evaluate(model: nn.Module, window: Iterable[Batch], world: World) -> Pendin
 
 @torch.no_grad()
 def predict(model: nn.Module, batch: Batch, world: World) -> Tensor:
-    """The model's output without targets, in evaluation mode. Leaves the model in training mode."""
+    """The model's output without targets, in evaluation mode. Leaves the model in training mode.
+
+    As it was written: a text that is being sampled has another length with every token, and would be compiled anew.
+    """
     model.eval()
-    output: Tensor = model(**to_device(batch, world.device))
+    with uncompiled(model):
+        output: Tensor = model(**to_device(batch, world.device))
     model.train()
     return output

@@ -10,6 +10,7 @@ from ..errors import ConfigError, DoesNotFit, MissingDependency
 from .batch import BatchSplit, possible_splits
 from .calibration import Rates, constants, rates
 from .candidates import LADDER, SAFE_SHARE_DISK, Builder, Candidate, Rung, checkpointing_of, describe
+from .dimensions import dimension_notes
 from .hardware import Hardware
 from .plan import Plan
 from .remedies import remedies
@@ -37,6 +38,8 @@ class Choice:
     chosen: Candidate | None
     """None when nothing that was asked for fits."""
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Sizes of the model that cost speed, and the better ones."""
 
     @property
     def plan(self) -> Plan:
@@ -111,7 +114,8 @@ def survey(config: Config, hardware: Hardware, *, everything: bool = False) -> C
         candidates = [explained if candidate is chosen else candidate for candidate in candidates]
         chosen = explained
         warnings += _warnings(config, hardware, chosen)
-    return Choice(hardware, found, config.goal, tuple(candidates), chosen, tuple(warnings))
+    notes = dimension_notes(config.model, precision, device)
+    return Choice(hardware, found, config.goal, tuple(candidates), chosen, tuple(warnings), notes)
 
 
 def _with_remedies(builder: Builder, candidate: Candidate) -> Candidate:

@@ -54,6 +54,8 @@ def print_choice(console: Console, config: Config, choice: Choice, *, everything
             _say(console, f"{describe(candidate.plan)} {candidate.verdict}: {'; '.join(candidate.remedies)}.")
     if choice.chosen is not None:
         _print_chosen(console, config, choice, choice.chosen)
+    for note in choice.notes:
+        _say(console, f"Note: {note}.")
     for warning in choice.warnings:
         console.print(f"Warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
 
@@ -256,6 +258,7 @@ def choice_json(choice: Choice, config: Config) -> dict[str, Any]:
             for s in (spans(config) if config.stages else ())
         ],
         "warnings": list(choice.warnings),
+        "notes": list(choice.notes),
     }
 
 

@@ -92,5 +92,6 @@ class Task(Protocol):
     def metrics(self, sums: Mapping[str, LossSum]) -> dict[str, float]:
         """What an evaluation's loss sums mean to people; ``loss`` among them."""
 
-    def closing_words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
-        """What a finished run shows of its model (a text that it writes), or None. Collective where `predict` is."""
+    def words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
+        """What a run shows of its model at the end and every ``sample_interval`` steps (a text that it writes), or
+        None. Collective where `predict` is: every rank calls it equally often, whatever comes of it."""

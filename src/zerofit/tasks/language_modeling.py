@@ -75,7 +75,7 @@ class LanguageModeling:
     def metrics(self, sums: Mapping[str, LossSum]) -> dict[str, float]:
         return metrics(sums)
 
-    def closing_words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
+    def words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
         from ..data.tokenizers import load_tokenizer
         from .sampling import generate
 
@@ -84,7 +84,7 @@ class LanguageModeling:
             return None
         prompt = tokenizer.encode(config.sample_prompt).tolist()
         tokens = generate(predict, prompt, config.sample_tokens, block_size=model.sequence_length, seed=config.seed)
-        return f"Sample:\n{tokenizer.decode(tokens[len(prompt) :])}"
+        return tokenizer.decode(tokens[len(prompt) :])
 
 
 TASK = LanguageModeling()

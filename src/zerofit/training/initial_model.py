@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -50,7 +51,7 @@ def with_initial_model(
         origin = resolved.origins.get(f"model.{field}", DEFAULT)
         taken = origin == DEFAULT and field != "dropout"
         kept[f"model.{field}"] = f"init_from {name}" if taken else origin
-    return ResolvedConfig(resolved.config.model_copy(update={"model": model}), kept)
+    return replace(resolved, config=resolved.config.model_copy(update={"model": model}), origins=kept)
 
 
 def _check(resolved: ResolvedConfig, told: ModelConfig, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from functools import partial
 
 from torch.distributed import Store
 
@@ -63,13 +64,23 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         )
         cleanup.callback(saver.close)
         data = task.fingerprint(config)
+        words = partial(task.words, config, plan.model, lambda inputs: engine.predict(Batch({"tokens": inputs}, 1)))
         checkpoints = Checkpoints(saver, engine, config, plan, world, data, feed.probe, events, display)
         Trainer(
-            config, plan, spec, engine, feed.train, evaluator, world, checkpoints, display, events, stop, progress
+            config,
+            plan,
+            spec,
+            engine,
+            feed.train,
+            evaluator,
+            world,
+            checkpoints,
+            display,
+            events,
+            stop,
+            progress,
+            words,
         ).train()
-        words = task.closing_words(config, plan.model, lambda inputs: engine.predict(Batch({"tokens": inputs}, 1)))
-        if words:
-            display.say(words)
         display.say(f"Run folder: {run}")
 
 

@@ -26,6 +26,7 @@ from ..planning.hardware import Hardware, probe
 from ..planning.huggingface import completed
 from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
+from ..planning.translation import print_translation
 from ..tasks import task_of
 from .initial_model import NO_WEIGHTS, with_initial_model
 from .lock import RunLock, acquire_run
@@ -150,7 +151,8 @@ def with_model_of_data(resolved: ResolvedConfig) -> ResolvedConfig:
     if not decided:
         return resolved
     origins = {**resolved.origins, **{f"model.{name}": f"data {config.data.path}" for name in decided}}
-    return ResolvedConfig(config.model_copy(update={"model": config.model.model_copy(update=decided)}), origins)
+    model = config.model.model_copy(update=decided)
+    return replace(resolved, config=config.model_copy(update={"model": model}), origins=origins)
 
 
 def make_plan(config: Config, console: Console) -> tuple[Choice, Hardware]:
@@ -176,6 +178,7 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
     resolved = with_initial_model(resolved, resumed=(folder, request.resume) if request.resume else None)
     resolved = with_data(resolved, console)
     choice, hardware = make_plan(resolved.config, console)
+    print_translation(console, resolved.notes, resolved.config, choice.plan)
     lock = None if request.dry_run else acquire_run(folder)
     try:
         if lock is not None:
