@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .models import ModelConfig, Section
+from .optimizers import OptimizerConfig, why_not
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "cpu", "nvme"]
@@ -29,26 +30,6 @@ class DataConfig(Section):
     """For ``prepare``: characters of the text, or GPT-2's byte-pair encoding."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """For ``prepare``: share of the text, at its end, kept for validation."""
-
-
-class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019)."""
-
-    kind: Literal["adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
-    """Peak learning rate."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the gradient's running mean."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the squared gradient's running mean."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled decay, on matrices and embeddings only (tensors of two and more dimensions)."""
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest L2 norm of the whole gradient; 0 turns clipping off."""
-    cpu_kernel: Literal["torch", "deepspeed"] = "torch"
-    """With the optimizer offloaded: torch's fused AdamW (nothing to compile) or DeepSpeedCPUAdam (compiled once)."""
 
 
 class ScheduleConfig(Section):
@@ -116,6 +97,9 @@ class Config(Section):
 
     max_steps: Positive = 1000
     """Optimizer steps."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an average of the weights with this decay a step (0.999 or so), for ``--weights ema`` of eval, generate and
+    export; unset: none. Young averages decay faster: by at most (1 + t) / (10 + t) after t steps."""
     global_batch: Positive | None = None
     """Samples of one optimizer step over all ranks: ``micro_batch * accumulation_steps * world_size``."""
     micro_batch: Positive | None = None
@@ -180,12 +164,28 @@ class Config(Section):
     @model_validator(mode="after")
     def _legal_combination(self) -> Config:
         _check_offload(self)
+        _check_optimizer(self)
         if self.compile and self.strategy == "zero3":
             raise ValueError(
                 "strategy zero3 with compile true: torch.compile traces DeepSpeed's gathering hooks, and on GPUs the "
                 "gradients came out wrong (measured: docs/experiments.md); use compile false, or strategy zero2"
             )
         return self
+
+
+def _check_optimizer(config: Config) -> None:
+    """The optimizer under the strategy and offload that were named."""
+    optimizer, offload = config.optimizer, "none" if config.offload == "auto" else config.offload
+    reason = why_not(optimizer.kind, optimizer.state, optimizer.master, config.strategy, offload)
+    if reason is None and optimizer.master == "bf16" and config.precision not in ("bf16", "auto"):
+        reason = (
+            f"optimizer.master bf16 with precision {config.precision}: the compute copy is what is updated, so it must "
+            f"be bf16; use precision bf16, or optimizer.master fp32"
+        )
+    if reason is None and config.ema_decay is not None and config.offload == "nvme":
+        reason = "ema_decay with offload nvme: the weights that are averaged lie on the drive; use offload cpu"
+    if reason is not None:
+        raise ValueError(reason)
 
 
 def _check_offload(config: Config) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.schema import Config
-from .candidates import Candidate, checkpointing_of, describe
+from .candidates import Candidate, checkpointing_of, describe, describe_states
 from .choose import Choice
 from .hardware import Hardware
 from .sizes import format_bytes, format_seconds
@@ -27,7 +27,7 @@ BAR_WIDTH = 40
 #: Items of the memory bar, by the letter that fills it.
 _BAR = (
     ("p", "parameters", ("parameters", "gathered")),
-    ("o", "optimizer states", ("master", "moments")),
+    ("o", "optimizer states", ("master", "moments", "ema")),
     ("g", "gradients and buckets", ("gradients", "buckets")),
     ("a", "activations and logits", ("activations", "logits")),
     ("c", "context and NCCL", ("context",)),
@@ -86,6 +86,9 @@ def describe_hardware(hardware: Hardware, ranks: int, device: str) -> str:
 def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Candidate) -> None:
     plan = chosen.plan
     _say(console, plan.reason)
+    states = describe_states(plan.optimizer)
+    if states:
+        _say(console, f"Optimizer states: {states}.")
     run = f", about {format_seconds(config.max_steps * chosen.step.step_seconds)}" if chosen.step else ""
     _say(
         console,
@@ -265,7 +268,9 @@ def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
         "micro_batch": plan.micro_batch,
         "accumulation_steps": plan.accumulation_steps,
         "activation_checkpointing": checkpointing_of(plan),
-        "optimizer_state": "fp32",
+        "optimizer": plan.optimizer.kind,
+        "optimizer_state": plan.optimizer.state,
+        "optimizer_master": plan.optimizer.master,
         "precision": plan.precision,
         "reduce_bucket_elements": plan.zero.reduce_bucket_elements,
         "fits": candidate.fits,

@@ -18,11 +18,11 @@ from ..config.schema import Config
 from ..data.prepare import is_prepared, prepare
 from ..data.tokens import check_data, fingerprint, vocabulary_size
 from ..errors import CheckpointError, ConfigError
-from ..planning.candidates import CHECKPOINT_BYTES_A_PARAMETER
 from ..planning.candidates import checkpoint_bytes as kept_checkpoint_bytes
 from ..planning.choose import Choice, choose
 from ..planning.explain import print_choice
 from ..planning.hardware import Hardware, probe
+from ..planning.optimizer_states import checkpoint_bytes_a_parameter
 from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
 from .lock import RunLock, acquire_run
@@ -272,8 +272,9 @@ def _refuse_a_full_disk(folder: Path, config: Config, plan: Plan) -> None:
 
 
 def checkpoint_bytes(plan: Plan) -> int:
-    """Bytes of one checkpoint over all ranks: fp32 masters and two moments, and the manifest."""
-    return CHECKPOINT_BYTES_A_PARAMETER * plan.parameters + 2 * MIB
+    """Bytes of one checkpoint over all ranks: masters, means and average in fp32, and the manifest."""
+    optimizer = plan.optimizer
+    return checkpoint_bytes_a_parameter(optimizer.kind, optimizer.ema_decay is not None) * plan.parameters + 2 * MIB
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:
