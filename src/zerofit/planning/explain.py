@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..config.durations import ENDLESS_STEPS
 from ..config.schema import Config
 from .candidates import Candidate, checkpointing_of, describe, describe_states
 from .choose import Choice
@@ -90,10 +91,11 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
     if states:
         _say(console, f"Optimizer states: {states}.")
     run = f", about {format_seconds(config.max_steps * chosen.step.step_seconds)}" if chosen.step else ""
+    length = f"{config.max_steps:,} steps{run}" if config.max_steps < ENDLESS_STEPS else f"for {config.duration}"
     _say(
         console,
         f"Batch: {choice.split.equation()}; {plan.global_batch * plan.model.items_per_sample:,} tokens a step, "
-        f"{config.max_steps:,} steps{run}.",
+        f"{length}.",
     )
     if chosen.disk_bytes:
         _say(
@@ -293,7 +295,8 @@ def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
         "step_parts": step.parts if step else None,
         "tokens_per_second": step.tokens_per_second if step else None,
         "mfu": step.mfu if step else None,
-        "run_seconds": step.step_seconds * config.max_steps if step else None,
+        "max_steps": config.max_steps if config.max_steps < ENDLESS_STEPS else None,
+        "run_seconds": step.step_seconds * config.max_steps if step and config.max_steps < ENDLESS_STEPS else None,
         "reason": candidate.plan.reason or candidate.verdict,
         "remedies": list(candidate.remedies),
     }

@@ -15,7 +15,8 @@ from ..planning.plan import Plan
 #: The whole batch and the data are compared as what they come to, not as they were written.
 MAY_CHANGE = (
     "name", "runs_dir", "data.path", "data.prepare", "data.val_fraction",
-    "max_steps", "optimizer.learning_rate", "optimizer.cpu_kernel", "schedule.*",
+    "max_steps", "duration", "optimizer.learning_rate", "optimizer.cpu_kernel", "optimizer.state", "optimizer.master",
+    "schedule.*", "early_stopping.*", "ema_decay",
     "eval_*", "log_*", "save_*", "keep_*", "sample_*",
     "global_batch", "micro_batch", "accumulation_steps",
     "strategy", "offload", "offload_parameters", "nvme_path", "zero.*", "loss_scale.*",
