@@ -44,7 +44,7 @@ def check_resumable(folder: Path, manifest: Manifest, config: Config, plan: Plan
     state = manifest.state
     _refuse_another(folder, "global_batch", state["global_batch"], plan.global_batch)
     before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".kind"), key)):
         if not may_change(key) and before.get(key) != now.get(key):
             _refuse_another(folder, key, before.get(key), now.get(key))
     for split, found in data.items():
