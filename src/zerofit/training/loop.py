@@ -83,6 +83,8 @@ class Trainer:
             if wishes & FINISH:
                 self._end_at(step + 1, f"the duration {self.config.duration} is over")
             due = self._pause_is_due(step + 1) or bool(wishes)
+            if self._save_is_due(step + 1):
+                self.checkpoints.announce(step + 1)
             if due or self.world.device.type == "cpu":  # on a CPU the step is done already: nothing to hide
                 wishes |= self._record(step, pending)
                 pending = None
