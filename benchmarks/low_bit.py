@@ -95,7 +95,7 @@ def train(args: Any, name: str, seed: int) -> dict[str, Any]:
         pending = engine.train_step(feed.train.window(number), learning_rate(config, number), number)
         losses.append(pending.read().loss)
     seconds = time.perf_counter() - began
-    validation = engine.eval_step(feed.evaluation["val"])["loss"].mean
+    validation = engine.eval_step(feed.evaluation["val"]).read()["loss"].mean
     held = engine.memory()
     row = {
         "case": name,

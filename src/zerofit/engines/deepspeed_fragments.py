@@ -116,6 +116,9 @@ class Partition:
 
     def _load_blocks(self, flat: Moment, role: str, read: Reader) -> None:
         elements = flat.values.numel()
+        flat.clear()
+        if all(read(slot.name, role, slot.start, slot.start + 1) is None for slot in self.slots):
+            return  # a fresh optimizer
         for start in range(0, elements, CHUNK_ELEMENTS):
             buffer = torch.zeros(min(CHUNK_ELEMENTS, elements - start), device=flat.values.device)
             self._fill(buffer, start, role, read)

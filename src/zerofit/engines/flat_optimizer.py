@@ -205,6 +205,7 @@ class FlatOptimizer:
         compute copy."""
         for group in self.groups:
             for role, state in group.states.items():
+                state.clear()
                 for slot in group.slots:
                     _load(state, role, slot, read)
             for index, role, _, target in group.update.factors():
@@ -247,12 +248,8 @@ def _load(state: Moment, role: str, slot: Slot, read: Reader) -> None:
         source = read(slot.name, "parameter", 0, elements)
     if source is None and role == "parameter":
         raise KeyError(slot.name)
-    target = state.values[slot.start : slot.stop]
-    if state.scales is None:
-        target.zero_() if source is None else target.copy_(source)
-    else:
-        values = torch.zeros(elements) if source is None else source
-        state.write(slot.start, values.to(target.device, torch.float32))
+    if source is not None:
+        state.write(slot.start, source)
 
 
 def _mean_bytes(group: Group) -> int:

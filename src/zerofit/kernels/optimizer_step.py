@@ -35,6 +35,8 @@ BLOCK = 256
 SMALLEST_SCALE = 1e-26
 #: Elements that the reference works on at a time, so that what it makes meanwhile stays in the cache.
 REFERENCE_ELEMENTS = 1 << 15
+#: Elements that are decoded or encoded at a time: what is made meanwhile stays small.
+PIECE_ELEMENTS = 1 << 20
 _PHILOX_ROUNDS = 7
 _LOW = 0xFFFFFFFF
 
@@ -81,8 +83,8 @@ class Moment:
         self.scales: Tensor | None = None
         self.signed = signed
         if kind == "8bit":
-            self.values.fill_(128 if signed else 0)
             self.scales = torch.zeros(-(-elements // BLOCK), dtype=torch.float32, device=device)
+            self.clear()
 
     @property
     def nbytes(self) -> int:
@@ -101,20 +103,33 @@ class Moment:
         """Elements ``[start, stop)`` in fp32: a view of an fp32 state, else a copy."""
         if self.scales is None:
             return self.values[start:stop].float()
-        first = start // BLOCK
-        scales = self.scales[first : -(-stop // BLOCK)].repeat_interleave(BLOCK)[start - first * BLOCK :]
-        codes = self.values[start:stop]
-        return _decode(codes.float(), scales[: stop - start], self.signed)
+        values = torch.empty(stop - start, dtype=torch.float32, device=self.values.device)
+        for low in range(start, stop, PIECE_ELEMENTS):
+            high = min(low + PIECE_ELEMENTS, stop)
+            first = low // BLOCK
+            scales = self.scales[first : -(-high // BLOCK)].repeat_interleave(BLOCK)[low - first * BLOCK :]
+            codes = self.values[low:high].float()
+            values[low - start : high - start] = _decode(codes, scales[: high - low], self.signed)
+        return values
 
     def write(self, start: int, values: Tensor) -> None:
-        """Store fp32 values, rounded to the nearest; block-aligned as in `part`."""
-        part = self.part(start, start + values.numel())
-        if part.scales is None:
-            part.values.copy_(values)
+        """Store values from any device, rounded to the nearest; block-aligned as in `part`."""
+        if self.scales is None:
+            self.values[start : start + values.numel()].copy_(values)
             return
-        scales, padded = _scales(values)
-        part.scales.copy_(scales)
-        part.values.copy_(_encode(padded, scales[:, None], self.signed, None).view(-1)[: values.numel()])
+        for low in range(0, values.numel(), PIECE_ELEMENTS):
+            piece = values[low : low + PIECE_ELEMENTS].to(self.values.device, torch.float32)
+            part = self.part(start + low, start + low + piece.numel())
+            assert part.scales is not None
+            scales, padded = _scales(piece)
+            part.scales.copy_(scales)
+            part.values.copy_(_encode(padded, scales[:, None], self.signed, None).view(-1)[: piece.numel()])
+
+    def clear(self) -> None:
+        """Set all of it to 0."""
+        self.values.fill_(128 if self.scales is not None and self.signed else 0)
+        if self.scales is not None:
+            self.scales.zero_()
 
 
 def _scales(values: Tensor) -> tuple[Tensor, Tensor]:
