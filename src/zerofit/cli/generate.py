@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -42,6 +42,9 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeat for several.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first text; the next ones count up.")] = 1337,
     checkpoint: Annotated[str, typer.Option(help="latest, best, final, a tag, or a step.")] = "latest",
+    weights: Annotated[
+        Literal["trained", "ema"], typer.Option(help="The weights, or their average (runs with ema_decay).")
+    ] = "trained",
     data: Annotated[Path | None, typer.Option(help="Prepared data with the tokenizer; default: the run's own.")] = None,
     overflow: Annotated[
         str, typer.Option(help="Beyond the model's context: slide (the last tokens) or half (drop half, faster).")
@@ -55,6 +58,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write text with a trained model."""
+    from ..checkpoint.source import weights_of
     from ..data.tokenizers import load_tokenizer
     from ..tasks.decoding import Decoding
     from .saved_run import data_folder, open_run
@@ -74,7 +78,9 @@ def generate(
         for number, text in enumerate(text for text in texts for _ in range(samples))
     ]
     rules = Decoding(temperature, top_k, top_p, min_p, repetition_penalty)
-    writer = _open_writer(saved, device, tokenizer, rules, tokens, tuple(stop or ()), overflow, cache)
+    writer = _open_writer(
+        weights_of(saved, weights), device, tokenizer, rules, tokens, tuple(stop or ()), overflow, cache
+    )
     live = (sys.stdout.isatty() and not as_json) if stream is None else stream
     if live:
         _stream(writer, rows)

@@ -26,6 +26,7 @@ from .dialects.older_yaml import SECTIONS as OLDER_SECTIONS
 from .dialects.older_yaml import is_older, modern_name, read_older
 from .documents import Entry, describe_value, read_entries, read_scalar, read_text, write_value
 from .keys import Key, find_key, keys, kinds, sections
+from .optimizers import OPTIMIZER_DEFAULTS
 from .presets import preset_text
 from .schema import Config
 
@@ -100,6 +101,7 @@ def load_config(
     silence = [*_read_overrides(fallbacks, file.dialect).entries, *foreign.defaults]
     layers = silence, base, file.entries, foreign.entries, typed.entries
     for level, layer in enumerate(layers):
+        _drop_another_optimizers(merged, layer)
         for entry in layer:
             merged.put(entry, level)
     derive(merged, DEEPSPEED)
@@ -153,6 +155,16 @@ def _settled(note: Note, settings: Mapping[str, Entry]) -> Note:
     if not others:
         return note
     return replace(note, outcome="overridden", remark=f"{' and '.join(dict.fromkeys(others))} decides")
+
+
+def _drop_another_optimizers(merged: Merged, layer: Iterable[Entry]) -> None:
+    """Where a layer chooses another optimizer, the constants (betas and the like) of the one below mean nothing."""
+    kind = next((entry for entry in layer if entry.name == "optimizer.kind"), None)
+    before = merged.settings["optimizer.kind"].value if "optimizer.kind" in merged.settings else "adamw"
+    if kind is None or kind.value == before:
+        return
+    for name in {f"optimizer.{name}" for fields in OPTIMIZER_DEFAULTS.values() for name in fields}:
+        merged.drop(name)
 
 
 def _kind_in(config: Config, key: Key) -> str:

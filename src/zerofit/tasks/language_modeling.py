@@ -14,6 +14,7 @@ from ..data.run_data import (
     check_all,
     fingerprints,
     first_folder,
+    open_data,
     open_evaluation,
     open_training,
     prepare_all,
@@ -45,6 +46,9 @@ class LanguageModeling:
 
     def check(self, config: Config) -> Sequence[str]:
         return check_all(config)
+
+    def epoch_samples(self, config: Config) -> int:
+        return open_data(config.data, "train", config.model, config.seed).samples
 
     def fingerprint(self, config: Config) -> dict[str, dict[str, Any]]:
         return fingerprints(config)

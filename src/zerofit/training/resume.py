@@ -17,7 +17,8 @@ from ..planning.plan import Plan
 MAY_CHANGE = (
     "name", "runs_dir", "init_from", "data.path", "data.prepare", "data.val_fraction",
     "data.sources.*.path", "data.sources.*.prepare", "data.split", "data.text_key", "data.subset", "data.errors",
-    "max_steps", "optimizer.learning_rate", "optimizer.cpu_kernel", "schedule.*",
+    "max_steps", "duration", "optimizer.learning_rate", "optimizer.cpu_kernel", "optimizer.state", "optimizer.master",
+    "schedule.*", "early_stopping.*", "ema_decay",
     "eval_*", "log_*", "save_*", "keep_*", "sample_*",
     "global_batch", "micro_batch", "accumulation_steps",
     "strategy", "offload", "offload_parameters", "nvme_path", "zero.*", "loss_scale.*",
@@ -45,7 +46,7 @@ def check_resumable(folder: Path, manifest: Manifest, config: Config, plan: Plan
     state = manifest.state
     _refuse_another(folder, "global_batch", state["global_batch"], plan.global_batch)
     before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".kind"), key)):
         if key not in before and key in keys() and now[key] == keys()[key].plain_default:
             continue  # an older version had no such setting
         if not may_change(key) and before.get(key) != now.get(key):
