@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from .models import ModelConfig, Section
 
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Offload = Literal["none", "cpu", "nvme"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
@@ -97,6 +97,15 @@ class ZeroConfig(Section):
     """Page-locked host memory for what is offloaded: faster transfers, cannot be swapped."""
 
 
+class FsdpConfig(Section):
+    """Knobs of strategy fsdp2."""
+
+    reshard_after_forward: bool = True
+    """Let go of a block's gathered parameters after its forward pass and gather them again in the backward pass.
+    ``false`` saves one all-gather a micro-step and keeps the whole compute copy on every rank from forward to
+    backward."""
+
+
 class Config(Section):
     """One run."""
 
@@ -113,6 +122,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
     zero: ZeroConfig = ZeroConfig()
+    fsdp: FsdpConfig = FsdpConfig()
 
     max_steps: Positive = 1000
     """Optimizer steps."""

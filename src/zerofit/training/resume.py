@@ -18,7 +18,7 @@ MAY_CHANGE = (
     "max_steps", "optimizer.learning_rate", "optimizer.cpu_kernel", "schedule.*",
     "eval_*", "log_*", "save_*", "keep_*", "sample_*",
     "global_batch", "micro_batch", "accumulation_steps",
-    "strategy", "offload", "offload_parameters", "nvme_path", "zero.*", "loss_scale.*",
+    "strategy", "offload", "offload_parameters", "nvme_path", "zero.*", "fsdp.*", "loss_scale.*",
     "num_gpus", "device", "precision", "gradient_dtype", "activation_checkpointing", "compile", "compile_mode",
     "deterministic", "collective_timeout_seconds",
 )  # fmt: skip
