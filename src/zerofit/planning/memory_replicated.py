@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .plan import Plan
-from .template import ModuleEvent
+from .template import BlockEvent, ModuleEvent
 from .timeline import Ledger, parameter_elements
 from .zero_memory import optimizer_groups
 
@@ -94,6 +94,9 @@ class ReplicatedModel:
         return True
 
     def module(self, event: ModuleEvent) -> None:
+        """Parameters are always there."""
+
+    def block(self, event: BlockEvent) -> None:
         """Parameters are always there."""
 
     def micro_end(self) -> None:
