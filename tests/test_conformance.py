@@ -496,8 +496,37 @@ def compiled_units(world: World, plan: Plan) -> list[bool]:
     return [unit._compiled_call_impl is not None for unit in SPEC.compiled_units(engine.model)]
 
 
+@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing_every": 1}, {"gradient_dtype": "fp32"}], ids=str)
+def test_fsdp2_gathers_around_what_is_compiled(settings: dict[str, Any]) -> None:
+    """Compiled, with the graphs run as they were traced: the same gradients, one graph a unit, no break in any."""
+    plan = make_plan("fsdp2", compile=True, precision="bf16" if "gradient_dtype" in settings else "fp32", **settings)
+    ranks: list[Trained] = run(2, train_on_graphs, plan)
+    eager: list[Trained] = run(2, train, plan.model_copy(update={"compile": False}), 3)
+    assert_close(ranks[0].steps, eager[0].steps, 1e-5 if not plan.mixed else 5e-4, 1e-5 if not plan.mixed else 2e-2)
+    compiled, plain = states_of(ranks), states_of(eager)
+    for name in SHAPES:
+        np.testing.assert_allclose(compiled[name, "exp_avg"], plain[name, "exp_avg"], atol=1e-6 if not plan.mixed else 1e-3)
+    graphs, breaks, after_other_shapes = ranks[0].extra["seen"]
+    assert 0 < graphs <= 4  # the two blocks share one; a second one without gradients
+    assert (breaks, after_other_shapes) == (0, graphs)
+
+
+def train_on_graphs(world: World, plan: Plan) -> Trained:
+    from torch._dynamo.utils import counters
+
+    vars(torch)["compile"] = functools.partial(torch.compile, backend="aot_eager")
+    engine = start(world, plan)
+    steps = take_steps(engine, world, plan, range(3))
+    pieces, graphs = pieces_of(engine), counters["stats"]["unique_graphs"]
+    tokens = torch.zeros(1, MODEL.block_size // 2, dtype=torch.int64)
+    engine.eval_step([Batch({"tokens": tokens, "targets": tokens}, tokens.numel())], compiled=False)
+    assert engine.predict(Batch({"tokens": tokens}, tokens.numel())).shape == (1, tokens.shape[1], MODEL.vocab_size)
+    seen = (graphs, sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"])
+    return Trained(steps, pieces, {}, {}, extra={"seen": seen})
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("variant", ["single", "ddp", "zero1", "zero2"])
+@pytest.mark.parametrize("variant", ["single", "ddp", "fsdp2", "zero1", "zero2"])
 def test_compiled_units_train_the_same(variant: str) -> None:
     plan = make_plan(variant, compile=True)
     ranks: list[Trained] = run(plan.world_size, train, plan, 3, timeout_seconds=500)

@@ -201,7 +201,7 @@ class Config(Section):
 def _check_offload(config: Config) -> None:
     """The offload that a strategy has; the nearest legal choice is named."""
     strategy, given = config.strategy, ("cpu", "nvme")
-    if strategy in ("single", "ddp") and config.offload in given:
+    if strategy in ("single", "ddp", "fsdp2") and config.offload in given:
         raise ValueError(
             f"strategy {strategy} with offload {config.offload}: only ZeRO moves optimizer states off the GPU; "
             f"use strategy zero2 (it also runs on one GPU) or offload none"
