@@ -333,7 +333,10 @@ def test_load_after_save_changes_nothing(variant: str, precision: str) -> None:
         np.testing.assert_array_equal(values.reshape(-1), rounded, err_msg=name)
 
 
-@pytest.mark.parametrize(("writer", "reader"), [("zero3", "single"), ("single", "zero2-cpu"), ("zero2", "zero3"), ("zero3", "fsdp2"), ("fsdp2", "single")])
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [("zero3", "single"), ("single", "zero2-cpu"), ("zero2", "zero3"), ("zero3", "fsdp2"), ("fsdp2", "single")],
+)
 def test_any_strategy_resumes_any_other(writer: str, reader: str) -> None:
     before, plan = trained(writer), make_plan(reader)
     after: list[Trained] = run(plan.world_size, resume, plan, states_of(before), before[0].scalars)
@@ -505,7 +508,9 @@ def test_fsdp2_gathers_around_what_is_compiled(settings: dict[str, Any]) -> None
     assert_close(ranks[0].steps, eager[0].steps, 1e-5 if not plan.mixed else 5e-4, 1e-5 if not plan.mixed else 2e-2)
     compiled, plain = states_of(ranks), states_of(eager)
     for name in SHAPES:
-        np.testing.assert_allclose(compiled[name, "exp_avg"], plain[name, "exp_avg"], atol=1e-6 if not plan.mixed else 1e-3)
+        np.testing.assert_allclose(
+            compiled[name, "exp_avg"], plain[name, "exp_avg"], atol=1e-6 if not plan.mixed else 1e-3
+        )
     graphs, breaks, after_other_shapes = ranks[0].extra["seen"]
     assert 0 < graphs <= 4  # the two blocks share one; a second one without gradients
     assert (breaks, after_other_shapes) == (0, graphs)

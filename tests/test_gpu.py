@@ -39,6 +39,8 @@ def reference() -> list[tuple[float, float]]:
         {"strategy": "single"},
         {"strategy": "single", "compile": True},
         {"strategy": "ddp"},
+        {"strategy": "fsdp2"},
+        {"strategy": "fsdp2", "compile": True},
         {"strategy": "zero1"},
         {"strategy": "zero2"},
         {"strategy": "zero2", "compile": True},

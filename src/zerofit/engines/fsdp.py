@@ -227,7 +227,7 @@ class _Shards:
         for name, parameter in self.sharded.items():
             rows, row = parameter.shape[0], math.prod(parameter.shape[1:])
             self.starts[name] = min(world.rank * math.ceil(rows / world.world_size), rows) * row
-            part = torch.empty(parameter.to_local().shape, dtype=parameter.dtype, device=world.device)
+            part = torch.empty(_local(parameter).shape, dtype=parameter.dtype, device=world.device)
             if part.numel():
                 self.local[name] = nn.Parameter(part, requires_grad=parameter.requires_grad)
         if not self.local:
@@ -248,7 +248,7 @@ class _Shards:
         self.model.load_state_dict(state, strict=False, assign=True)
         self.sharded = {name: _sharded(p) for name, p in named_unique_parameters(self.model).items()}
         for name, local in self.local.items():
-            held = self.sharded[name].to_local()
+            held = _local(self.sharded[name])
             if held.data_ptr() == local.data_ptr():
                 continue
             if local.data_ptr() == self._first_addresses[name]:
@@ -258,9 +258,8 @@ class _Shards:
         self.refresh()
 
     def _parameter(self, name: str, like: DTensor) -> nn.Parameter:
-        local = self.local[name].data if name in self.local else like.to_local().new_empty(
-            like.to_local().shape, device=self.mesh.device_type
-        )
+        none = torch.empty((0, *like.shape[1:]), dtype=like.dtype, device=self.mesh.device_type)
+        local = self.local[name].data if name in self.local else none
         whole = DTensor.from_local(
             local, self.mesh, [Shard(0)], run_check=False, shape=like.shape, stride=like.stride()
         )
@@ -276,7 +275,7 @@ class _Shards:
     def gradient(self, name: str) -> Tensor | None:
         """This rank's reduced gradient of a parameter; None when it got none."""
         gradient = self.sharded[name].grad
-        return None if gradient is None else _sharded(gradient).to_local()
+        return None if gradient is None else _local(gradient)
 
     def drop_gradients(self) -> None:
         for parameter in self.sharded.values():
@@ -305,7 +304,7 @@ class _Fp32Gradients:
         device = next(iter(shards.local.values())).device
         self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         parts = zip(shards.local.items(), self.flat.split(sizes), strict=True)
-        self.views = {name: part.view(parameter.shape) for (name, parameter), part in parts}
+        self.views: dict[str, Tensor] = {name: part.view(parameter.shape) for (name, parameter), part in parts}
         self._reduced: Tensor | None = None
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -321,7 +320,7 @@ class _Fp32Gradients:
 
     @torch.no_grad()
     def _add(self, name: str, parameter: Any) -> None:
-        rounded = _sharded(parameter.grad).to_local()
+        rounded = _local(parameter.grad)
         parameter.grad = None
         if name in self.views:
             assert self._reduced is not None  # `_remember` ran before, for the whole group
@@ -339,5 +338,10 @@ def _sharded(value: Any) -> DTensor:
     return value
 
 
+def _local(value: Any) -> Tensor:
+    local: Tensor = _sharded(value).to_local()
+    return local
+
+
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+    return (_local(tensor) if isinstance(tensor, DTensor) else tensor).untyped_storage()

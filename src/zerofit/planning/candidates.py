@@ -292,6 +292,7 @@ def checkpointing_of(plan: Plan) -> str | int:
 
 def describe(plan: Plan) -> str:
     """The strategy and its offload in words."""
-    names = {"single": "single", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
+    zero = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+    names = {"single": "single", "ddp": "DDP", "fsdp2": "FSDP2", **zero}
     offload = {"none": "", "cpu": " + CPU offload", "nvme": " + NVMe offload"}[plan.offload]
     return names[plan.strategy] + offload + (" + parameters" if plan.offload_parameters != "none" else "")

@@ -154,9 +154,9 @@ def _world_size(config: Config, hardware: Hardware, device: str) -> int:
         )
     if config.strategy == "fsdp2" and nodes * wanted == 1:
         raise ConfigError(
-            "strategy fsdp2 on one GPU: it shards parameters, gradients and optimizer states over GPUs, and here is one. "
-            "Use strategy single, which needs as much memory and gathers nothing (a checkpoint of fsdp2 resumes under "
-            "it), or strategy zero2 with offload cpu for less."
+            "strategy fsdp2 on one GPU: it shards parameters, gradients and optimizer states over GPUs, and here is "
+            "one. Use strategy single, which needs as much memory and gathers nothing (a checkpoint of fsdp2 resumes "
+            "under it), or strategy zero2 with offload cpu for less."
         )
     if config.compile and hardware.system == "Windows":
         raise ConfigError("compile true: torch.compile needs Triton, which Windows lacks here. Use compile false.")

@@ -1,8 +1,8 @@
 """What a plan needs on the busiest rank: GPU bytes at the peak and when, host bytes, NVMe bytes.
 
 A traced micro-step of the model (`template`, `trace`) is played against a model of the engine (`memory_replicated`,
-`memory_zero2`, `memory_zero3`, `memory_fsdp`); the sequence of allocations goes through a simulation of PyTorch's allocator. The
-tests compare each engine model with the engine itself, and model states with what engines report.
+`memory_zero2`, `memory_zero3`, `memory_fsdp`); the sequence of allocations goes through a simulation of PyTorch's
+allocator. The tests compare each engine model with the engine itself, and model states with what engines report.
 """
 
 from __future__ import annotations

@@ -97,7 +97,9 @@ class FSDPModel:
     def _start_gather(self, group: str) -> None:
         """The all-gather's output, of which this rank's input is a part."""
         if group not in self.gathered and not self.ledger.is_live(("buffer", group)):
-            self.ledger.alloc(("buffer", group), self.h * self.plan.world_size * self._pieces(group), "gathered", GATHER)
+            self.ledger.alloc(
+                ("buffer", group), self.h * self.plan.world_size * self._pieces(group), "gathered", GATHER
+            )
 
     def _copy_out(self, group: str) -> None:
         for name in self.members[group]:

@@ -40,8 +40,8 @@ OVERLAP_COST, SLOW_LINK_OVERLAP_COST, OVERLAP_WINDOW = 0.6, 0.3, 0.9
 #: The same under ZeRO-3, whose gathers block the modules that wait for them. Fitted to a checkpointed 6.9B Mamba on
 #: 4 H200s, 4% slower under ZeRO-3 than under ZeRO-2; over slower links, PCIe's transfers among them, assumed.
 ZERO3_OVERLAP_COST, ZERO3_SLOW_LINK_OVERLAP_COST = 0.95, 0.5
-#: The same under FSDP2. Fitted to two steps of nanoGPT's GPT-2 XL under plain FSDP2 on 4 H200s (decision 7); over slower
-#: links taken to be DDP's.
+#: The same under FSDP2, from one pair of measurements that are not zerofit's own (decision 7): 0.6 to 0.8, by what was
+#: reduced in which type. Over slower links taken to be DDP's.
 FSDP_OVERLAP_COST, FSDP_SLOW_LINK_OVERLAP_COST = 0.7, 0.3
 #: Seconds of the launching process for one group's gathering, or its reducing. Assumed: some twenty small kernels.
 FSDP_GROUP_SECONDS = 250e-6
@@ -56,12 +56,14 @@ FORMULAS = (
      "over memory bandwidth", "counted in zerofit's GPT-2; bandwidth x 0.875"),
     ("recomputation", "the forward pass of the checkpointed blocks once more", "Chen et al. 2016"),
     ("launching", "7 us a kernel; hooks: 2 us a parameter under DDP, 95 us under ZeRO-1/2, 0.53 ms a module and pass "
-     "under ZeRO-3, 0.25 ms a group and pass under FSDP2 (assumed); a micro-step takes the longer of this and the GPU's work", "fitted on H200"),
+     "under ZeRO-3, 0.25 ms a group and pass under FSDP2; a micro-step takes the longer of this and the GPU's work",
+     "fitted on H200; FSDP2's assumed"),
     ("communication", "all-reduce 2hP(N-1)/N once a step (DDP, ZeRO-1) or once a micro-step (ZeRO-2); ZeRO-1/2 "
      "all-gather hP(N-1)/N after the step; ZeRO-3 two all-gathers and a reduce-scatter of hP(N-1)/N each micro-step, "
-     "FSDP2 as well (one all-gather with fsdp.reshard_after_forward false); "
-     "over bus bandwidth; what overlaps costs 0.6 of its time on NVLink (ZeRO-3 0.95, FSDP2 0.7), 0.3 (ZeRO-3 0.5) over slower links",
-     "Rajbhandari et al. 2020, section 7; DeepSpeed 0.19.8's source; PyTorch's source; 0.6, 0.95 and 0.7 fitted, the others assumed"),
+     "FSDP2 as well (one all-gather with fsdp.reshard_after_forward false); over bus bandwidth; what overlaps costs "
+     "0.6 of its time on NVLink (ZeRO-3 0.95, FSDP2 0.7), 0.3 (ZeRO-3 0.5) over slower links",
+     "Rajbhandari et al. 2020, section 7; the sources of DeepSpeed 0.19.8 and PyTorch; 0.6, 0.95 and 0.7 fitted, the "
+     "others assumed"),
     ("optimizer", "34 bytes a parameter (28 AdamW, 6 norm and zeroing); ZeRO 190 and FSDP2 34 bytes a parameter of the "
      "rank's 1/N",
      "34 counted, 190 fitted"),
