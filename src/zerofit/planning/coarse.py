@@ -46,11 +46,14 @@ def _gradient_bytes(plan: Plan, h: int) -> int:
 
 
 def _block_elements(plan: Plan) -> int:
-    return 12 * plan.model.n_embd**2
+    """Of one block: what a deeper model has more."""
+    depth = plan.model.depth
+    return (plan.parameters - plan.model.with_depth(1).parameter_count()) // (depth - 1) if depth > 1 else 0
 
 
 def _root_elements(plan: Plan) -> int:
-    return max(0, plan.parameters - plan.model.n_layer * _block_elements(plan))
+    """Of what is in no block."""
+    return plan.parameters - plan.model.depth * _block_elements(plan)
 
 
 def _activation_bytes(plan: Plan, h: int) -> int:
