@@ -2,9 +2,9 @@
 
     python benchmarks/ballast.py --out ballast.json
 
-For each size of card and each family of plans two micro-batches are tried: the largest that the planner says fits, which
-must run 20 steps, and the smallest that it says is more than 5% too large, which must run out of memory. Each case has
-a process of its own, which imports before its turn. The ballast emulates a card's memory, not its speed.
+For each size of card and each family of plans two micro-batches are tried: the largest that the planner says fits,
+which must run 20 steps, and the smallest that it says is more than 5% too large, which must run out of memory. Each
+case has a process of its own, which imports before its turn. The ballast emulates a card's memory, not its speed.
 ``--predict-only`` prints the cases without a GPU.
 """
 
