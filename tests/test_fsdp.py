@@ -61,11 +61,11 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
     engine.load(read)
     losses = [engine.train_step([batch(plan, world.rank)], 1e-2, step).read().loss for step in range(4)]
     pieces = [(f.name, f.role, f.start, f.data.clone().numpy()) for f in engine.fragments()]
-    loss = engine.eval_step([batch(plan, world.rank)])["loss"].mean
+    loss = engine.eval_step([batch(plan, world.rank)]).read()["loss"].mean
     held = dict(engine.memory())
     # Values that were gathered for the evaluation must not outlive a load.
     engine.load(initial)
-    again = engine.eval_step([batch(plan, world.rank)])["loss"].mean
+    again = engine.eval_step([batch(plan, world.rank)]).read()["loss"].mean
     return {"losses": losses, "pieces": pieces, "asked": asked, "eval": (loss, again), "memory": held}
 
 

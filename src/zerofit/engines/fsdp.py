@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from ..errors import TrainingFailed
 from ..models.base import ModelSpec, named_unique_parameters
 from ..planning.plan import Plan
-from ..types import Batch, Fragment, LossSum, PendingStep, Reader, Scalars, World
+from ..types import Batch, Fragment, LossSum, Pending, PendingStep, Reader, Scalars, World
 from . import common
 from .adamw import FlatAdamW
 from .loss_scale import LossScaler
@@ -100,7 +100,7 @@ class FSDPEngine:
             return self.fp32_gradients.views[self.shards.names[local]]
         return self.shards.gradient(self.shards.names[local])
 
-    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> Mapping[str, LossSum]:
+    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> Pending[Mapping[str, LossSum]]:
         with nullcontext() if compiled else self._uncompiled():
             sums = common.evaluate_window(self.model, window, self.world)
         self._reshard()
@@ -183,10 +183,8 @@ def _meta_model(plan: Plan, spec: ModelSpec[Any], device: torch.device) -> nn.Mo
 
 
 def _compile_forwards(plan: Plan, spec: ModelSpec[Any], model: nn.Module) -> dict[nn.Module, Any]:
-    """Compile what each unit computes, and not the hooks around it: FSDP2's gather and let go there.
-
-    (``Module.compile`` takes the hooks in, and breaks the graph at each.) Returns unit -> compiled forward.
-    """
+    """Compile what each unit computes; FSDP2's hooks, which gather and let go, stay around it whatever a version of
+    PyTorch makes of hooks in ``Module.compile``. Returns unit -> compiled forward."""
     if not plan.compile:
         return {}
     mode = None if plan.compile_mode == "default" else plan.compile_mode
