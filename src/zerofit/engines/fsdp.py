@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 from ..errors import TrainingFailed
 from ..models.base import ModelSpec, named_unique_parameters
 from ..planning.plan import Plan
-from ..types import Batch, Fragment, LossSum, Pending, PendingStep, Reader, Scalars, World
+from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars, World
 from . import common
 from .adamw import FlatAdamW
 from .loss_scale import LossScaler
@@ -100,17 +100,13 @@ class FSDPEngine:
             return self.fp32_gradients.views[self.shards.names[local]]
         return self.shards.gradient(self.shards.names[local])
 
-    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> Pending[Mapping[str, LossSum]]:
+    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> PendingSums:
         with nullcontext() if compiled else self._uncompiled():
-            sums = common.evaluate_window(self.model, window, self.world)
-        self._reshard()
-        return sums
+            return common.evaluate_window(self.model, window, self.world)
 
     def predict(self, batch: Batch) -> Tensor:
         with self._uncompiled():  # inputs of any length: each would be compiled anew
-            output = common.predict(self.model, batch, self.world)
-        self._reshard()
-        return output
+            return common.predict(self.model, batch, self.world)
 
     @contextmanager
     def _uncompiled(self) -> Iterator[None]:
@@ -124,7 +120,7 @@ class FSDPEngine:
                 unit.__dict__["forward"] = forward
 
     def _reshard(self) -> None:
-        """Let go of what a forward pass without a backward pass keeps gathered: it would outlive new values."""
+        """Let go of what a forward pass without a backward pass keeps gathered, before it gets new values."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
