@@ -195,7 +195,17 @@ class Config(Section):
                 "strategy zero3 with compile true: torch.compile traces DeepSpeed's gathering hooks, and on GPUs the "
                 "gradients came out wrong (measured: docs/experiments.md); use compile false, or strategy zero2"
             )
+        if self.strategy == "fsdp2" and self.replays_graphs:
+            raise ValueError(
+                "strategy fsdp2 with compile_mode reduce-overhead: CUDA graphs replay at the addresses that they were "
+                "recorded with, and FSDP2 gathers parameters at new ones; use compile_mode default, or strategy zero2"
+            )
         return self
+
+    @property
+    def replays_graphs(self) -> bool:
+        """True when compiled units are recorded as CUDA graphs."""
+        return self.compile and self.compile_mode == "reduce-overhead"
 
 
 def _check_offload(config: Config) -> None:
