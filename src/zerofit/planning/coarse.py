@@ -46,9 +46,10 @@ def _gradient_bytes(plan: Plan, h: int) -> int:
 
 
 def _block_elements(plan: Plan) -> int:
-    """Of one block: what a deeper model has more."""
-    depth = plan.model.depth
-    return (plan.parameters - plan.model.with_depth(1).parameter_count()) // (depth - 1) if depth > 1 else 0
+    """Of one block: parameters whose names hold a block's number."""
+    shapes = plan.model.parameter_shapes().items()
+    in_blocks = sum(math.prod(shape) for name, shape in shapes if any(part.isdigit() for part in name.split(".")))
+    return in_blocks // plan.model.depth
 
 
 def _root_elements(plan: Plan) -> int:
