@@ -245,7 +245,8 @@ def test_constants_of_other_gpus() -> None:
 
 
 def test_the_coarse_formula_is_of_the_right_size() -> None:
-    for plan in (plan_of(), plan_of("zero2", world_size=4), plan_of(activation_checkpointing_every=1)):
+    sharded = (plan_of(strategy, world_size=4) for strategy in ("zero2", "fsdp2"))
+    for plan in (plan_of(), *sharded, plan_of(activation_checkpointing_every=1)):
         assert sum(coarse_items(plan, state_bytes(plan)).values()) == pytest.approx(
             predict_memory(plan).allocated_bytes, rel=0.3
         )

@@ -29,7 +29,8 @@ def coarse_items(plan: Plan, states: Mapping[str, int]) -> dict[str, int]:
     items["temporaries"] = min(4 * p, 128 * MIB)
     if plan.strategy == "fsdp2":
         # Two blocks, each in a collective's buffer and in a place of its own; embedding and head stay.
-        items["gathered"] = h * (4 * _block_elements(plan) + _root_elements(plan))
+        kept = 0 if plan.fsdp.reshard_after_forward else plan.model.depth
+        items["gathered"] = h * (max(4, kept) * _block_elements(plan) + _root_elements(plan))
     if plan.strategy == "zero3":
         # Parameters that stay gathered at the turn from forward to backward.
         items["gathered"] = h * min(p, plan.zero.max_reuse_distance_elements // 2 + plan.zero.prefetch_bucket_elements)
