@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,6 +12,9 @@ import typer
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder, or a step folder of its checkpoints.")],
     checkpoint: Annotated[str, typer.Option(help="latest, best, final, or a step.")] = "best",
+    weights: Annotated[
+        Literal["trained", "ema"], typer.Option(help="The weights, or their average (runs with ema_decay).")
+    ] = "trained",
     data: Annotated[Path | None, typer.Option(help="Folder of prepared tokens; default: the run's own.")] = None,
     batches: Annotated[int | None, typer.Option(min=1, help="Batches of each split; default: all of it.")] = None,
     micro_batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 32,
@@ -21,6 +24,7 @@ def evaluate(
     import torch
 
     from ..checkpoint.model import load_model
+    from ..checkpoint.source import weights_of
     from ..data.loader import Share, evaluation_window
     from ..data.tokens import SPLITS, check_data, open_split
     from ..engines.common import evaluate_window
@@ -31,7 +35,7 @@ def evaluate(
     saved = open_run(run, checkpoint)
     folder = data_folder(saved, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config = load_model(saved, device)
+    model, config = load_model(weights_of(saved, weights), device)
     check_data(folder, config)
     share = Share(micro_batch, 1, 0, 1)
     found: dict[str, float] = {"step": saved.step}

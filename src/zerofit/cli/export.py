@@ -22,6 +22,9 @@ def export(
     to: Annotated[Literal["pt", "safetensors", "huggingface", "deepspeed"], typer.Option(help="Format to write.")],
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Type of the weights.")] = "fp32",
     checkpoint: Annotated[str, typer.Option(help="Of a run: latest, best, final, or a step.")] = "latest",
+    weights: Annotated[
+        Literal["trained", "ema"], typer.Option(help="The weights, or their average (runs with ema_decay).")
+    ] = "trained",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, as 5GB or 512MiB.")] = "5GB",
     config: Annotated[Path | None, typer.Option(help="Configuration with the model of a foreign checkpoint.")] = None,
     preset: Annotated[str | None, typer.Option(help="Preset with the model of a foreign checkpoint.")] = None,
@@ -37,10 +40,14 @@ def export(
 
     shard_bytes = parse_bytes(max_shard_size, "--max-shard-size")
     from ..checkpoint.export import export as write
+    from ..checkpoint.source import weights_of
     from ..checkpoint.store import Saved
 
     found, model = _open(source, checkpoint, config, preset)
-    done = write(found, model, out, to=to, dtype=dtype, shard_bytes=shard_bytes, force=force)
+    if weights == "ema" and not isinstance(found, Saved):
+        raise ConfigError(f"--weights ema: {source} is another program's checkpoint, of which only weights are read.")
+    chosen = weights_of(found, weights) if isinstance(found, Saved) else found
+    done = write(chosen, model, out, to=to, dtype=dtype, shard_bytes=shard_bytes, force=force)
     notes = [*(() if isinstance(found, Saved) else found.notes), *done.notes]
     if as_json:
         keys = ("to", "dtype", "files", "size_bytes", "parameters", "step")

@@ -3,8 +3,9 @@
 Every block and the rest of the model is one group: its parameters are gathered in one collective before its passes and
 let go after them, its gradients are reduce-scattered in one collective after every backward pass. Each rank holds an
 equal share of the rows of every parameter, in the compute dtype, and the fp32 masters and moments of that share
-(`adamw`): with N ranks 2P/N + 4P/N + 8P/N bytes, and 2P/N of gradients within a step. With ``gradient_dtype: fp32``
-gradients are reduced and accumulated in fp32, which costs 4P/N more.
+(`flat_optimizer`): with N ranks 2P/N + 4P/N + 8P/N bytes, and 2P/N of gradients within a step; with a bf16 master,
+which is the share itself, and 8-bit moments 2P/N + 2.03P/N. With ``gradient_dtype: fp32`` gradients are reduced and
+accumulated in fp32, which costs 4P/N more.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..models.base import ModelSpec, named_unique_parameters
 from ..planning.plan import Plan
 from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars, World
 from . import common
-from .adamw import FlatAdamW
+from .flat_optimizer import FlatOptimizer
 from .loss_scale import LossScaler
 
 
@@ -50,10 +51,10 @@ class FSDPEngine:
         _shard(plan, spec, self.model, self.mesh)
         self.shards = _Shards(self.model, self.mesh, world)
         self.fp32_gradients: _Fp32Gradients | None = None
-        self.optimizer = FlatAdamW(
-            self.shards.local, lambda name: spec.decays(plan.model, name), plan.optimizer, self._gradient_of
+        self.optimizer = FlatOptimizer(
+            self.shards.local, lambda name: spec.decays(plan.model, name), plan.optimizer, self._gradient_of, world.rank
         )
-        # After the optimizer: in fp32 it moves the shards into its flat master.
+        # After the optimizer: where it updates the shards themselves, it moves them into its flat master.
         self.shards.give_to_model()
         if plan.mixed and plan.gradient_dtype == "fp32":
             self.fp32_gradients = _Fp32Gradients(self.model, self.shards)
@@ -153,10 +154,7 @@ class FSDPEngine:
 
     def memory(self) -> Mapping[str, int]:
         """Bytes by item; see `planning.memory_fsdp`."""
-        sizes = {role: sum(g.tensors[role].nbytes for g in self.optimizer.groups) for role in ("parameter", "exp_avg")}
-        items = {"parameters": self.shards.held_bytes(), "moments": 2 * sizes["exp_avg"]}
-        if self.plan.mixed:
-            items["master"] = sizes["parameter"]
+        items = {"parameters": self.shards.held_bytes(), **self.optimizer.memory()}
         if self.fp32_gradients is not None:
             items["gradients"] = self.fp32_gradients.flat.nbytes
         return items

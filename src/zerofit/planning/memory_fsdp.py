@@ -14,11 +14,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .memory_replicated import CHUNK_ELEMENTS
+from .memory_replicated import CHUNK_ELEMENTS, has_copy
+from .optimizer_states import StateGroup, flat_elements, master_bytes, mean_bytes, state_groups
 from .plan import Plan
 from .template import BlockEvent, ModuleEvent, StepEvent
 from .timeline import GATHER, MAIN, REDUCE, Ledger
-from .zero_memory import optimizer_groups
 
 #: Name of the group of what is in no block.
 ROOT = ""
@@ -62,18 +62,22 @@ class FSDPModel:
         return sum(self._padded(name) for name in self.members[group])
 
     def init(self) -> None:
-        """This rank's rows, then per optimizer group three flat fp32 tensors; in fp32 the rows become views of one."""
-        ledger, plan = self.ledger, self.plan
+        """This rank's rows, then per optimizer group master, means and average; rows of the master's type become its
+        views."""
+        ledger, plan, optimizer = self.ledger, self.plan, self.plan.optimizer
         rows = {name: rows_held(shape, self.rank, plan.world_size) for name, shape in self.shapes.items()}
         for name, elements in rows.items():
             ledger.alloc(("rows", name), self.h * elements, "parameters")
-        for index, members in enumerate(optimizer_groups(plan)):
-            flat = 4 * sum(rows[name] for name in members)
-            ledger.alloc(("master", index), flat, "master" if plan.mixed else "parameters")
-            for moment in (0, 1):
-                ledger.alloc(("moment", index, moment), flat, "moments")
-            if not plan.mixed:
-                for name in members:
+        for index, group in enumerate(shard_groups(plan, self.rank)):
+            flat = flat_elements(optimizer, group)
+            item = "master" if has_copy(plan) else "parameters"
+            ledger.alloc(("master", index), master_bytes(plan) * flat, item)
+            for number, size in enumerate(mean_bytes(optimizer, group.kind, flat)):
+                ledger.alloc(("moment", index, number), size, "moments")
+            if optimizer.ema_decay is not None:
+                ledger.alloc(("ema", index), 4 * flat, "ema")
+            if not has_copy(plan):
+                for name in group.members:
                     ledger.free(("rows", name))
         for name, elements in rows.items():
             if elements < self._padded(name):  # FSDP2 gathers from a padded copy
@@ -185,9 +189,7 @@ class FSDPModel:
     def step(self) -> None:
         """One chunk of fp32 gradients as scratch; then the gradients go."""
         self.ledger.free_if_live("reduced in fp32")
-        n = self.plan.world_size
-        groups = optimizer_groups(self.plan)
-        largest = max(sum(rows_held(self.shapes[name], self.rank, n) for name in members) for members in groups)
+        largest = max(flat_elements(self.plan.optimizer, group) for group in shard_groups(self.plan, self.rank))
         self.ledger.temporary(4 * min(largest, CHUNK_ELEMENTS))
         for group in self.with_gradient:
             self.ledger.free(("share", group))
@@ -205,9 +207,20 @@ def rows_held(shape: Sequence[int], rank: int, ranks: int) -> int:
     return max(0, min(piece, shape[0] - rank * piece)) * row
 
 
+def shard_groups(plan: Plan, rank: int) -> list[StateGroup]:
+    """The optimizer's groups over a rank's rows; a parameter of which it holds none is in no group."""
+    local, decays = {}, {}
+    for name, shape in plan.model.parameter_shapes().items():
+        held = rows_held(shape, rank, plan.world_size)
+        if held:
+            local[name], decays[name] = (held // math.prod(shape[1:]), *shape[1:]), len(shape) >= 2
+    return state_groups(plan.optimizer.kind, local, decays)
+
+
 def busiest_rank(plan: Plan) -> int:
-    """The rank whose model states are the largest: the first, or in fp32 one that pads (of many ranks the last)."""
-    if plan.mixed:
+    """The rank whose model states are the largest: the first, or, where the shards are the masters, one that pads (of
+    many ranks the last)."""
+    if has_copy(plan):
         return 0
     n = plan.world_size
     candidates = range(n) if n <= 64 else (0, n - 1)
@@ -215,21 +228,27 @@ def busiest_rank(plan: Plan) -> int:
 
 
 def fsdp_state_bytes(plan: Plan) -> dict[str, int]:
-    """Compute copy hP/N, masters 4P/N (half precision), moments 8P/N; fp32 gradients 4P/N. On the busiest rank."""
+    """Compute copy hP/N, masters 4P/N (unless the compute copy is the master), moments 8P/N (AdamW in fp32); fp32
+    gradients 4P/N. On the busiest rank."""
     return _rank_bytes(plan, busiest_rank(plan))
 
 
 def _rank_bytes(plan: Plan, rank: int) -> dict[str, int]:
-    n, h = plan.world_size, 2 if plan.mixed else 4
-    rows = padded = 0
+    n, h, optimizer = plan.world_size, 2 if plan.mixed else 4, plan.optimizer
+    groups = [(group, flat_elements(optimizer, group)) for group in shard_groups(plan, rank)]
+    flat = sum(elements for _, elements in groups)
+    rows = padded = copies = 0
     for shape in plan.model.parameter_shapes().values():
         held, piece = rows_held(shape, rank, n), _piece(shape, n)
-        rows += held
-        # Half precision: the optimizer writes into what FSDP2 gathers from; fp32: where it pads, it has a copy.
-        padded += piece if plan.mixed else held + (piece if held < piece else 0)
-    items = {"parameters": h * padded, "moments": 8 * rows}
-    if plan.mixed:
-        items["master"] = 4 * rows
+        rows, padded, copies = rows + held, padded + piece, copies + (piece if held < piece else 0)
+    # With a copy the optimizer writes into what FSDP2 gathers from; without, FSDP2 has a copy where it pads.
+    parameters = h * padded if has_copy(plan) else master_bytes(plan) * flat + h * copies
+    moments = sum(sum(mean_bytes(optimizer, group.kind, elements)) for group, elements in groups)
+    items = {"parameters": parameters, "moments": moments}
+    if has_copy(plan):
+        items["master"] = 4 * flat
+    if optimizer.ema_decay is not None:
+        items["ema"] = 4 * flat
     if plan.mixed and plan.gradient_dtype == "fp32":
         items["gradients"] = 4 * rows
     return items

@@ -74,6 +74,13 @@ class Task(Protocol):
     def fingerprint(self, config: Config) -> dict[str, dict[str, Any]]:
         """Split -> what tells other data; compared when a run is resumed."""
 
+    def epoch_samples(self, config: Config) -> int:
+        """Training samples of one epoch.
+
+        Raises:
+            DataError: there is no data.
+        """
+
     def open(self, config: Config, model: ModelConfig, share: Share, *, pin_memory: bool) -> Feed:
         """Open the data for one rank."""
 

@@ -38,6 +38,9 @@ class LanguageModeling:
     def check(self, config: Config) -> None:
         check_data(config.data.path, config.model)
 
+    def epoch_samples(self, config: Config) -> int:
+        return open_split(config.data.path, "train", config.model, config.seed).samples
+
     def fingerprint(self, config: Config) -> dict[str, dict[str, Any]]:
         return fingerprint(config.data.path)
 
