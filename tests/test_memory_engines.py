@@ -186,6 +186,7 @@ CASES: list[tuple[dict[str, Any], float]] = [
     ({"strategy": "fsdp2", "world_size": 2}, 0),
     ({"strategy": "fsdp2", "world_size": 2, "accumulation_steps": 3}, 0),
     ({"strategy": "fsdp2", "world_size": 2, "precision": "fp32"}, 0),
+    ({"strategy": "fsdp2", "world_size": 2, "optimizer": {"state": "8bit", "master": "bf16"}}, 0),
     ({"strategy": "fsdp2", "world_size": 3, "precision": "fp32", "accumulation_steps": 2}, 0),
     ({"strategy": "fsdp2", "world_size": 3, "activation_checkpointing_every": 1}, 0),
     ({"strategy": "fsdp2", "world_size": 2, "gradient_dtype": "fp32", "accumulation_steps": 3}, 0),
