@@ -12,7 +12,7 @@ from .models import ModelConfig, Section
 from .optimizers import OptimizerConfig, why_not
 from .stages import check_stages
 
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Offload = Literal["none", "cpu", "nvme"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
@@ -199,6 +199,15 @@ class ZeroConfig(Section):
     """Page-locked host memory for what is offloaded: faster transfers, cannot be swapped."""
 
 
+class FsdpConfig(Section):
+    """Knobs of strategy fsdp2."""
+
+    reshard_after_forward: bool = True
+    """Let go of a block's gathered parameters after its forward pass and gather them again in the backward pass.
+    ``false`` saves one all-gather a micro-step and keeps the whole compute copy on every rank from forward to
+    backward."""
+
+
 class Config(Section):
     """One run."""
 
@@ -222,6 +231,7 @@ class Config(Section):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
     zero: ZeroConfig = ZeroConfig()
+    fsdp: FsdpConfig = FsdpConfig()
 
     stages: tuple[StageConfig, ...] = ()
     """A curriculum: a list of ``{until, name, data, learning_rate, schedule}``, one stage after the other. Each ends in
@@ -333,7 +343,17 @@ class Config(Section):
                 "strategy zero3 with compile true: torch.compile traces DeepSpeed's gathering hooks, and on GPUs the "
                 "gradients came out wrong (measured: docs/experiments.md); use compile false, or strategy zero2"
             )
+        if self.strategy == "fsdp2" and self.replays_graphs:
+            raise ValueError(
+                "strategy fsdp2 with compile_mode reduce-overhead: CUDA graphs replay at the addresses that they were "
+                "recorded with, and FSDP2 gathers parameters at new ones; use compile_mode default, or strategy zero2"
+            )
         return self
+
+    @property
+    def replays_graphs(self) -> bool:
+        """True when compiled units are recorded as CUDA graphs."""
+        return self.compile and self.compile_mode == "reduce-overhead"
 
 
 def _check_end(config: Config) -> None:
@@ -368,7 +388,7 @@ def _check_optimizer(config: Config) -> None:
 def _check_offload(config: Config) -> None:
     """The offload that a strategy has; the nearest legal choice is named."""
     strategy, given = config.strategy, ("cpu", "nvme")
-    if strategy in ("single", "ddp") and config.offload in given:
+    if strategy in ("single", "ddp", "fsdp2") and config.offload in given:
         raise ValueError(
             f"strategy {strategy} with offload {config.offload}: only ZeRO moves optimizer states off the GPU; "
             f"use strategy zero2 (it also runs on one GPU) or offload none"

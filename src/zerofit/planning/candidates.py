@@ -47,6 +47,7 @@ LADDER = (
     Rung("single"),
     Rung("zero1"),
     Rung("zero2"),
+    Rung("fsdp2"),
     Rung("zero3"),
     Rung("zero1", "cpu"),
     Rung("zero2", "cpu"),
@@ -224,6 +225,7 @@ class Builder:
                 ema_decay=config.ema_decay,
             ),
             loss_scale=config.loss_scale,
+            fsdp=config.fsdp,
             collective_timeout_seconds=config.collective_timeout_seconds,
         )
 
@@ -297,7 +299,8 @@ def checkpointing_of(plan: Plan) -> str | int:
 
 def describe(plan: Plan) -> str:
     """The strategy and its offload in words."""
-    names = {"single": "single", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+    zero = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+    names = {"single": "single", "ddp": "DDP", "fsdp2": "FSDP2", **zero}
     offload = {"none": "", "cpu": " + CPU offload", "nvme": " + NVMe offload"}[plan.offload]
     return names[plan.strategy] + offload + (" + parameters" if plan.offload_parameters != "none" else "")
 

@@ -207,6 +207,12 @@ def _world_size(config: Config, hardware: Hardware, device: str) -> int:
         raise ConfigError(
             f"strategy single with num_gpus {wanted}: single is one process. Use strategy ddp, or num_gpus 1."
         )
+    if config.strategy == "fsdp2" and nodes * wanted == 1:
+        raise ConfigError(
+            "strategy fsdp2 on one GPU: it shards parameters, gradients and optimizer states over GPUs, and here is "
+            "one. Use strategy single, which needs as much memory and gathers nothing (a checkpoint of fsdp2 resumes "
+            "under it), or strategy zero2 with offload cpu for less."
+        )
     if config.compile and hardware.system == "Windows":
         raise ConfigError("compile true: torch.compile needs Triton, which Windows lacks here. Use compile false.")
     if config.compile and device == "cuda" and any(gpu.capability < (7, 0) for gpu in hardware.gpus):
@@ -255,6 +261,7 @@ def _within_wishes(config: Config, rung: Rung) -> bool:
         config.strategy in ("auto", rung.strategy)
         and config.offload in ("auto", rung.offload)
         and config.offload_parameters in ("auto", rung.offload_parameters)
+        and not (rung.strategy == "fsdp2" and config.replays_graphs)  # see Config: gathered at new addresses
     )
 
 
@@ -269,7 +276,7 @@ def _considered(config: Config, hardware: Hardware, world_size: int, asked: Sequ
 def _possible(rung: Rung, world_size: int, hardware: Hardware) -> bool:
     if rung.strategy == "single":
         return world_size == 1
-    if rung.strategy == "ddp":
+    if rung.strategy in ("ddp", "fsdp2"):
         return world_size > 1
     return hardware.has_deepspeed and hardware.system == "Linux"
 

@@ -226,9 +226,10 @@ def print_formulas(console: Console, choice: Choice) -> None:
     _say(
         console,
         "Memory: model states 2P + 4P + 8P with half precision (parameters, masters, moments) and gradients 2P; ZeRO-1 "
-        "shards masters and moments over N, ZeRO-2 gradients too, ZeRO-3 parameters too (Rajbhandari et al. 2020); "
-        "buckets, partitions and padding as in DeepSpeed 0.19.8's source; activations from a trace of the model's own "
-        "operations, or from a closed formula where it says coarse. docs/planner.md has every item.",
+        "shards masters and moments over N, ZeRO-2 gradients too, ZeRO-3 and FSDP2 parameters too (Rajbhandari et al. "
+        "2020); buckets, partitions and padding as in the sources of DeepSpeed 0.19.8 and PyTorch; activations from a "
+        "trace of the model's own operations, or from a closed formula where it says coarse. docs/planner.md has "
+        "every item.",
     )
     for gpu in dict.fromkeys(choice.hardware.gpus):
         _say(console, f"{gpu.name}: compute capability {'.'.join(map(str, gpu.capability))}; {gpu.software}.")

@@ -21,7 +21,7 @@ MAY_CHANGE = (
     "schedule.*", "early_stopping.*", "ema_decay",
     "eval_*", "log_*", "save_*", "keep_*", "sample_*",
     "global_batch", "micro_batch", "accumulation_steps",
-    "strategy", "offload", "offload_parameters", "nvme_path", "zero.*", "loss_scale.*",
+    "strategy", "offload", "offload_parameters", "nvme_path", "zero.*", "fsdp.*", "loss_scale.*",
     "num_gpus", "device", "precision", "gradient_dtype", "activation_checkpointing", "compile", "compile_mode",
     "deterministic", "collective_timeout_seconds",
 )  # fmt: skip
