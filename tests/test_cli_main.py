@@ -44,7 +44,7 @@ def test_every_verb_can_be_called_for_help(name: str) -> None:
 def test_help_of_a_configured_verb_documents_every_key(verb: str) -> None:
     words = zerofit(verb, "--help").stdout.split()
     assert {f"--{name}" for name in keys()} - set(words) == set()
-    assert "Peak learning rate. [a number above 0; default 0.0006]" in " ".join(words)
+    assert "SGD 0.1 and more. [a number above 0; default 0.0006]" in " ".join(words)
 
 
 def test_version() -> None:
