@@ -345,7 +345,7 @@ class Config(Section):
             )
         if self.compile and self.compile_mode == "reduce-overhead":
             raise ValueError(
-                "compile_mode reduce-overhead: it records every compiled unit as a CUDA graph, and those of blocks that "
+                "compile_mode reduce-overhead: it records each compiled unit as a CUDA graph, and those of blocks that "
                 "are compiled one by one overwrite each other's outputs (torch 2.11 on an H200: docs/experiments.md); "
                 "use compile_mode default"
             )
