@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [--peer FOLDER] [--out FILE] [--groups check,scan,tune,parts]
 
-``--peer`` names a folder with ``peer.so``: the other kernel behind two C functions, ``peer_forward`` and ``peer_backward``
+``--peer`` names a folder with ``peer.so``: the other kernel behind C functions ``peer_forward`` and ``peer_backward``
 (`_Shape`, `_Pointers` and a stream; channels first). Without it the other rows are measured all the same.
 Every case runs in a process of its own with a time limit, so that one which fails costs
 its own rows. Times are medians over CUDA events; data at the large shapes is several times the L2 cache.
