@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zerofit.kernels import causal_conv, head_loss, rms_norm
+from zerofit.kernels import causal_conv, head_loss, rms_norm, triton_use
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float64: 1e-12}
@@ -256,3 +256,42 @@ def test_loss_operator_and_memory() -> None:
         loss.backward()
         assert table.grad is not None
     assert sum(t.numel() for t in saved) == x.numel() + table.numel()  # the two gradients, no logits
+
+
+def test_a_kernel_that_computes_something_else_is_not_used() -> None:
+    right, wrong = [torch.ones(8)], [torch.full((8,), 1.1)]
+    assert triton_use.agrees("x", lambda: right, lambda: right, "y")
+    with pytest.warns(UserWarning, match="off by 1.0e-01 of its size here, and is not used"):
+        assert not triton_use.agrees("x", lambda: wrong, lambda: right, "y")
+
+    def refused() -> list[Tensor]:
+        raise RuntimeError("no such instruction")
+
+    with pytest.warns(UserWarning, match="ends with RuntimeError: no such instruction"):
+        assert not triton_use.agrees("x", refused, lambda: right, "y")
+
+
+def test_the_convolutions_kernels_are_compared_before_their_first_use(
+    interpreted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = causal_conv._kernels_agree.__wrapped__
+    assert check(torch.device("cpu"), torch.bfloat16, 4)
+    true = interpreted.conv_backward
+
+    def without_the_last_tap(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dx, dweight, dbias = true(*args)
+        return dx, dweight * torch.tensor([1.0, 1.0, 1.0, 0.0]), dbias
+
+    monkeypatch.setattr(interpreted, "conv_backward", without_the_last_tap)
+    with pytest.warns(UserWarning, match="short convolution"):
+        assert not check(torch.device("cpu"), torch.bfloat16, 4)
+
+
+def test_the_optimizers_kernel_is_compared_before_its_first_use(interpreted: Any) -> None:
+    from zerofit.kernels import optimizer_step, optimizer_step_triton
+
+    check, rule = optimizer_step._kernel_agrees.__wrapped__, optimizer_step.Rule("adamw")
+    kinds = torch.float32, torch.bfloat16, torch.uint8
+    assert check(optimizer_step_triton.step, rule, torch.device("cpu"), *kinds)
+    with pytest.warns(UserWarning, match="the optimizer's step"):
+        assert not check(lambda *_: None, rule, torch.device("cpu"), *kinds)

@@ -13,10 +13,12 @@ taps); elsewhere PyTorch.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .triton_use import use_triton
+from .triton_use import agrees, use_triton
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,7 +60,27 @@ def causal_conv_silu_step(window: Tensor, x: Tensor, weight: Tensor, bias: Tenso
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the Triton kernels run this: up to four taps (Mamba's), and a batch that a grid takes."""
-    return weight.shape[1] <= 4 and x.numel() > 0 and x.shape[0] <= 65535 and use_triton(x)
+    fits = weight.shape[1] <= 4 and x.numel() > 0 and x.shape[0] <= 65535 and use_triton(x)
+    return fits and _kernels_agree(x.device, x.dtype, weight.shape[1])
+
+
+@functools.cache
+def _kernels_agree(device: torch.device, dtype: torch.dtype, taps: int) -> bool:
+    """Both Triton kernels against PyTorch, once."""
+    from . import triton_kernels
+
+    random = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, device=device).to(dtype)
+
+    x, weight, bias, grad = normal(2, 70, 40), normal(40, taps), normal(40), normal(2, 70, 40)
+    return agrees(
+        "the short convolution",
+        lambda: [triton_kernels.conv_forward(x, weight, bias), *triton_kernels.conv_backward(grad, x, weight, bias)],
+        lambda: [torch_forward(x, weight, bias), *torch_backward(grad, x, weight, bias)],
+        "PyTorch's operations take its place, several times slower",
+    )
 
 
 def _wide(x: Tensor) -> torch.dtype:
