@@ -11,14 +11,19 @@ from collections.abc import Iterator
 from importlib.resources import files
 
 import yaml
+from pydantic import TypeAdapter
 
-from zerofit.config.models import GPT2Config
+from zerofit.config.models import ModelConfig
 from zerofit.planning import store
 from zerofit.planning.plan import Plan
 from zerofit.planning.store import TraceKey, trace_key
 
-PRESETS = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "shakespeare_char")
-#: Vocabulary of the preset that takes its own from the text.
+PRESETS = (
+    *("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "shakespeare_char"),
+    *("mamba_130m", "mamba_370m", "mamba_790m", "mamba_1_4b", "mamba_2_8b"),
+    *("mamba_1b", "mamba_3b", "mamba_7b", "mamba_shakespeare_char"),
+)
+#: Vocabulary of the presets that take their own from the text.
 SHAKESPEARE_CHARACTERS = 76
 
 
@@ -34,11 +39,12 @@ def main() -> None:
 
 def shipped_keys() -> Iterator[tuple[str, Plan, TraceKey]]:
     """(preset, plan, key) of every trace that is shipped: the presets' models, on GPUs in half precision, eager and
-    compiled; the one that is meant for CPUs, there in fp32."""
+    compiled; those that are meant for CPUs, there in fp32. Each with every way of recomputation that it has; compiled
+    blocks are recomputed whole."""
     for preset in PRESETS:
         text = files("zerofit.config.presets").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
         shape = {"vocab_size": SHAKESPEARE_CHARACTERS, **yaml.safe_load(text)["model"]}
-        model = GPT2Config.model_validate(shape)
+        model: ModelConfig = TypeAdapter[ModelConfig](ModelConfig).validate_python(shape)
         variants = [("cuda", "bf16", False), ("cuda", "bf16", True)]
         variants += [("cpu", "fp32", False)] if "vocab_size" not in yaml.safe_load(text)["model"] else []
         for device, precision, compiled in variants:
@@ -55,8 +61,10 @@ def shipped_keys() -> Iterator[tuple[str, Plan, TraceKey]]:
                     "compile": compiled,
                 }
             )
-            for recompute in (False, True):
-                yield preset, plan, trace_key(plan, recompute=recompute)
+            yield preset, plan, trace_key(plan, recompute=False)
+            for way in ("full",) if compiled else model.recomputations:
+                changed = plan.model_copy(update={"recomputation": way})
+                yield preset, changed, trace_key(changed, recompute=True)
 
 
 if __name__ == "__main__":

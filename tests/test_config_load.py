@@ -118,7 +118,8 @@ def test_a_dump_names_origins_and_loads_again_to_the_same_configuration(write: W
     resolved = load(("eps", "1e-12"), ("name", "1e-4"), ("sample_prompt", "'# no\n'"), preset=preset)
     dump = dump_resolved(resolved)
     assert load(source=write(dump), preset=None).config == resolved.config
-    assert f"  n_layer: {resolved.config.model.n_layer}  # preset {preset}\n" in dump
+    model = resolved.config.model
+    assert f"  {model.depth_key}: {model.depth}  # preset {preset}\n" in dump
     assert "seed: 1337  # default\n" in dump
     assert dump.count("  # ") == len(resolved.origins)
 

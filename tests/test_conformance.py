@@ -26,6 +26,7 @@ from zerofit.engines.build import build
 from zerofit.engines.deepspeed import import_deepspeed
 from zerofit.engines.loss_scale import LossScaler
 from zerofit.errors import MissingDependency
+from zerofit.models import model_spec
 from zerofit.models.gpt2 import SPEC
 from zerofit.planning.memory import state_bytes
 from zerofit.planning.plan import Plan
@@ -173,8 +174,9 @@ def train(world: World, plan: Plan, steps: int = STEPS, later: int = 0) -> Train
 
 def start(world: World, plan: Plan) -> Any:
     """An engine with the initial weights."""
-    engine = build(plan, SPEC, world)
-    engine.load(initial_reader(SPEC, plan.model, plan.seed))
+    spec = model_spec(plan.model.kind)
+    engine = build(plan, spec, world)
+    engine.load(initial_reader(spec, plan.model, plan.seed))
     return engine
 
 

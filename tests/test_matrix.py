@@ -23,6 +23,7 @@ from zerofit.checkpoint.retention import Retention
 from zerofit.checkpoint.saver import Request, Saver
 from zerofit.checkpoint.store import open_checkpoint
 from zerofit.engines.build import build
+from zerofit.models import model_spec
 from zerofit.models.gpt2 import SPEC
 from zerofit.planning.plan import Plan
 from zerofit.types import World
@@ -94,7 +95,7 @@ def canonical_run(world: World, plan: Plan, root: Path) -> tuple[list[float], li
 
 def cell_run(world: World, plan: Plan, source: Path, root: Path) -> dict[str, Any]:
     """Goes on from `source`, saves, goes on, loads what it saved, and goes on again."""
-    engine = build(plan, SPEC, world)
+    engine = build(plan, model_spec(plan.model.kind), world)
     same = load(engine, source)
     first = losses(engine, world, plan, FIRST)
     save(engine, world, root, FIRST + NEXT)

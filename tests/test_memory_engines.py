@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from processes import run
 from zerofit.config.models import GPT2Config
 from zerofit.engines.build import build
-from zerofit.models.gpt2 import SPEC
+from zerofit.models import model_spec
 from zerofit.planning.memory import NO_GPU, _micro_step, _play
 from zerofit.planning.memory_fsdp import busiest_rank
 from zerofit.planning.plan import Plan
@@ -98,7 +98,7 @@ def measured(world: World, plan: Plan) -> dict[str, int]:
     for name in ("alloc_storage", "free_storage"):
         watch(storages, name)
     with storages:
-        engine: Any = build(plan, SPEC, world)
+        engine: Any = build(plan, model_spec(plan.model.kind), world)
         engine.load(read)
         engine.model.register_forward_pre_hook(lambda *_: storages.enter("forward"), prepend=True)
         owner, attribute = (engine.zero, "step") if hasattr(engine, "zero") else (engine, "_apply")
@@ -125,7 +125,7 @@ def watch(storages: Storages, name: str) -> None:
 
 
 def batch(plan: Plan) -> Batch:
-    inputs = SPEC.example_inputs(plan.model, plan.micro_batch)
+    inputs = model_spec(plan.model.kind).example_inputs(plan.model, plan.micro_batch)
     return Batch(inputs, int(inputs["targets"].numel()))
 
 
@@ -196,7 +196,11 @@ CASES: list[tuple[dict[str, Any], float]] = [
 
 @pytest.mark.parametrize(("settings", "share"), CASES, ids=lambda value: str(value) if isinstance(value, dict) else "")
 def test_an_engine_allocates_what_the_planner_says(settings: dict[str, Any], share: float) -> None:
-    plan = plan_of(**settings)
+    check(plan_of(**settings), share)
+
+
+def check(plan: Plan, share: float) -> None:
+    """Run the plan and compare."""
     ledger, _ = _play(plan, NO_GPU, *_micro_step(plan))
     predicted = {phase: peak for phase, (peak, _) in ledger.peaks.items()}
     lowest: dict[str, int] = {}

@@ -16,10 +16,11 @@ import torch
 
 from ..config.models import ModelConfig
 from ..data.metadata import read_meta
-from ..errors import DataError
+from ..errors import DataError, RequestError
 from .export_safetensors import SINGLE, write_bytes, write_json, write_safetensors, write_shards
 from .export_torch import TorchWriter
 from .foreign.contents import MOMENTS, PARAMETER
+from .foreign.mamba_names import MambaNames
 from .foreign.names import ARCHITECTURES, Architecture
 from .foreign.sources import Rows, Source, Transposed
 from .outgoing import Constant, Held, Outgoing, Readable
@@ -182,6 +183,29 @@ def _cached(folder: Path, name: str, sha256: str) -> bytes | None:
     return content if hashlib.sha256(content).hexdigest() == sha256 else None
 
 
+# ------------------------------------------------------------------------------------------------ state-spaces
+
+
+def write_state_spaces(job: Job, folder: Path) -> list[str]:
+    """A folder that mamba_ssm's ``MambaLMHeadModel.from_pretrained`` loads: config.json and pytorch_model.bin.
+
+    Raises:
+        RequestError: the model is no Mamba.
+    """
+    architecture = job.architecture
+    if not isinstance(architecture, MambaNames):
+        raise RequestError(
+            f"The format state-spaces is that of mamba_ssm, and the model is of kind {job.model.kind}. Use --to "
+            f"huggingface, safetensors or pt."
+        )
+    write_json(folder / "config.json", architecture.state_spaces_config(job.model))
+    writer = TorchWriter()
+    content = {f"backbone.{tensor.name}": writer.place(tensor) for tensor in job.weights()}
+    table = f"backbone.{architecture.vocabulary_table}"
+    writer.write(folder / "pytorch_model.bin", content | {"lm_head.weight": content[table]})
+    return []
+
+
 # ------------------------------------------------------------------------------------------------ DeepSpeed
 
 
@@ -296,5 +320,6 @@ FORMATS = {
         is_file=False,
         leaves=(*SHARDS, "config.json", "generation_config.json", "tokenizer*.json", *GPT2_TOKENIZER_FILES),
     ),
+    "state-spaces": Format(write_state_spaces, is_file=False, leaves=("config.json", "pytorch_model.bin")),
     "deepspeed": Format(write_deepspeed, is_file=False, leaves=("latest", "global_step*")),
 }

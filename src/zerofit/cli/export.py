@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 def export(
     source: Annotated[Path, typer.Argument(help="A run folder, a step folder, or a checkpoint of another program.")],
     out: Annotated[Path, typer.Argument(help="File (pt, or NAME.safetensors) or folder to write.")],
-    to: Annotated[Literal["pt", "safetensors", "huggingface", "deepspeed"], typer.Option(help="Format to write.")],
+    to: Annotated[
+        Literal["pt", "safetensors", "huggingface", "state-spaces", "deepspeed"],
+        typer.Option(help="Format to write; state-spaces is mamba_ssm's."),
+    ],
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Type of the weights.")] = "fp32",
     checkpoint: Annotated[str, typer.Option(help="Of a run: latest, best, final, or a step.")] = "latest",
     weights: Annotated[

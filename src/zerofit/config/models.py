@@ -7,6 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+#: What a checkpointed block computes again in the backward pass: all of it; what is not a large matrix product; or what
+#: costs next to nothing. A model's configuration says which it has.
+Recomputation = Literal["full", "selective", "light"]
+
 
 class Section(BaseModel):
     """Base of every part of the configuration: frozen, and unknown keys are errors."""
@@ -23,12 +27,18 @@ class ModelShape(Section):
     """Key of `zerofit.tasks.TASKS`: what the model is trained for."""
     depth_key: ClassVar[str]
     """The setting that counts the blocks."""
+    recomputations: ClassVar[tuple[Recomputation, ...]] = ("full",)
+    """Ways of activation checkpointing that the model has."""
 
     kind: Any
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every parameter, in the order in which the model registers them."""
         raise NotImplementedError
+
+    def decaying(self) -> frozenset[str]:
+        """Names of the parameters that weight decay applies to: matrices, not norms and biases."""
+        return frozenset(name for name, shape in self.parameter_shapes().items() if len(shape) >= 2)
 
     def flops_per_item(self) -> int:
         """Of forward and backward for one trained item (a token, a picture); a multiplication and its addition count
@@ -170,6 +180,7 @@ class MambaConfig(LanguageModelShape):
     """Mamba-1 (Gu & Dao 2023): pre-norm residual blocks with a selective state space, and a tied head."""
 
     depth_key: ClassVar[str] = "n_layers"
+    recomputations: ClassVar[tuple[Recomputation, ...]] = ("light", "selective", "full")
 
     kind: Literal["mamba"] = "mamba"
     n_layers: Annotated[int, Field(ge=1)] = 24
@@ -186,6 +197,9 @@ class MambaConfig(LanguageModelShape):
     """Rank of the projection to the step size; ``auto``: d_model / 16, rounded up."""
     max_seq_length: Annotated[int, Field(ge=1)] = 2048
     """Length of a training sample, in tokens. No parameter depends on it."""
+    residual_in_fp32: bool = True
+    """The residual stream in fp32 under half precision, as published; false saves 2 bytes a token, channel and block,
+    and the sum of many blocks loses low bits."""
 
     @property
     def d_inner(self) -> int:
@@ -228,6 +242,10 @@ class MambaConfig(LanguageModelShape):
             shapes[f"{block}.mixer.out_proj.weight"] = (width, inner)
         shapes["norm_f.weight"] = (width,)
         return shapes
+
+    def decaying(self) -> frozenset[str]:
+        """Not A either: decay would pull the dynamics themselves (mamba_ssm marks A and D ``_no_weight_decay``)."""
+        return frozenset(name for name in super().decaying() if not name.endswith(".A_log"))
 
     def flops_per_item(self) -> int:
         """6 per parameter of the matrices and the head. The scan is no matrix product and is left out."""

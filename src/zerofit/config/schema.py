@@ -271,9 +271,13 @@ class Config(Section):
     """``auto``: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
     gradient_dtype: Literal["compute", "fp32"] = "compute"
     """Type in which gradients are accumulated and reduced: that of the compute copy, or fp32."""
-    activation_checkpointing: Literal["auto", "none", "full"] | Positive = "auto"
+    activation_checkpointing: Literal["auto", "none", "light", "selective", "full"] | Positive = "auto"
     """Blocks whose activations are recomputed: none, all (``full``), or every n-th block (a number); ``auto``: as few
-    as fit."""
+    as fit. Mamba has two ways between: ``selective`` keeps the projections and recomputes convolution, scan and gate;
+    ``light`` keeps the scan's results too."""
+    activation_offload: Literal["none", "cpu"] = "none"
+    """``cpu``: the inputs of recomputed blocks are kept in page-locked host memory between the two passes. For every
+    block recomputed (``light``, ``selective``, ``full``)."""
     compile: bool = False
     """``torch.compile`` each block."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
@@ -331,6 +335,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _legal_combination(self) -> Config:
         _check_offload(self)
+        _check_checkpointing(self)
         if self.sample_interval != "never" and not self.sample_tokens:
             raise ValueError(
                 f"sample_interval {self.sample_interval} with sample_tokens 0: a text of no tokens is asked for; set "
@@ -379,6 +384,26 @@ def _check_optimizer(config: Config) -> None:
         reason = "ema_decay with offload nvme: the weights that are averaged lie on the drive; use offload cpu"
     if reason is not None:
         raise ValueError(reason)
+
+
+def _check_checkpointing(config: Config) -> None:
+    """Not every model has the ways between none and full."""
+    wish, has = config.activation_checkpointing, config.model.recomputations
+    if not isinstance(wish, int) and wish not in ("auto", "none", *has):
+        raise ValueError(
+            f"activation_checkpointing {wish} with model kind {config.model.kind}: its blocks are recomputed whole "
+            f"or not at all; use full, or a number n for every n-th block"
+        )
+    if config.activation_offload == "cpu" and (wish == "none" or (isinstance(wish, int) and wish > 1)):
+        raise ValueError(
+            f"activation_offload cpu with activation_checkpointing {wish}: what is kept in host memory are the inputs "
+            f"of recomputed blocks; use activation_checkpointing full, or activation_offload none"
+        )
+    if config.compile and wish in ("light", "selective"):
+        raise ValueError(
+            f"activation_checkpointing {wish} with compile true: in compiled blocks the compiler's partitioner "
+            f"decides what is kept; use compile false, or activation_checkpointing full"
+        )
 
 
 def _check_offload(config: Config) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..models.base import ModelSpec
+from ..models.offload import InputOffload
 from ..planning.plan import Plan
 from ..types import WISHES, Batch, LossSum, Pending, PendingStep, PendingSums, StepResult, World
 
@@ -44,7 +45,19 @@ def construction(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 def build_model(plan: Plan, spec: ModelSpec[Any], device: torch.device) -> nn.Module:
     """The model in its compute dtype on `device`, uninitialised."""
     with construction(device, DTYPES[plan.precision]):
-        return spec.build(plan.model, checkpoint_every=plan.activation_checkpointing_every)
+        model = spec.build(
+            plan.model, checkpoint_every=plan.activation_checkpointing_every, recomputation=plan.recomputation
+        )
+        if plan.activation_offload == "cpu" and plan.device == "cuda":
+            keep_inputs_on_host(spec, model)
+        return model
+
+
+def keep_inputs_on_host(spec: ModelSpec[Any], model: nn.Module) -> None:
+    """Blocks that are checkpointed keep their inputs in host memory; see `models.offload`."""
+    offload = InputOffload()
+    for block in spec.blocks(model):
+        vars(block)["input_offload"] = offload
 
 
 def compile_units(plan: Plan, spec: ModelSpec[Any], model: nn.Module) -> None:

@@ -11,10 +11,18 @@ if TYPE_CHECKING:
     from .base import ModelSpec
     from .stepping import Stepper
 
-MODELS = {"gpt2": "zerofit.models.gpt2:SPEC", "huggingface": "zerofit.models.huggingface:SPEC"}
+MODELS = {
+    "gpt2": "zerofit.models.gpt2:SPEC",
+    "mamba": "zerofit.models.mamba:SPEC",
+    "huggingface": "zerofit.models.huggingface:SPEC",
+}
+
 
 #: Architectures that can go on from a state; the others are generated from with their forward pass.
-STEPPERS = {"gpt2": "zerofit.models.gpt2_stepping:GPT2Stepper"}
+STEPPERS = {
+    "gpt2": "zerofit.models.gpt2_stepping:GPT2Stepper",
+    "mamba": "zerofit.models.mamba_stepping:MambaStepper",
+}
 
 
 def stepper_of(kind: str, model: nn.Module) -> Stepper | None:

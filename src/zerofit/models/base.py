@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+from ..config.models import Recomputation
 
 Config_contra = TypeVar("Config_contra", contravariant=True)
 
@@ -19,12 +22,15 @@ class ModelSpec(Protocol[Config_contra]):
     inputs, and logits otherwise.
     """
 
-    def build(self, config: Config_contra, *, checkpoint_every: int = 0) -> nn.Module:
+    def build(
+        self, config: Config_contra, *, checkpoint_every: int = 0, recomputation: Recomputation = "full"
+    ) -> nn.Module:
         """The module, uninitialised, on whatever device is the default (meta too).
 
         Args:
             config: the shape.
             checkpoint_every: recompute the activations of every n-th block; 0 keeps them all.
+            recomputation: what of these blocks is recomputed: one of the config's `recomputations`.
         """
 
     def init(self, config: Config_contra, name: str, seed: int) -> Tensor:
@@ -46,14 +52,22 @@ class ModelSpec(Protocol[Config_contra]):
         """Model FLOPs (multiply and add count as two) of forward and backward for one trained token."""
 
 
-def apply_blocks(blocks: Iterable[nn.Module], x: Tensor, every: int) -> Tensor:
+def apply_blocks(
+    blocks: Iterable[nn.Module], x: Tensor, every: int, keep: Callable[[], tuple[Any, Any]] | None = None
+) -> Tensor:
     """Run `x` through the blocks, recomputing every `every`-th in the backward pass (0: none).
 
     Non-reentrant checkpointing, so that hooks of DDP and ZeRO see the same order of calls.
+
+    Args:
+        blocks: those with an attribute ``input_offload`` (`models.offload`) keep their input in host memory.
+        keep: makes the two contexts in which a block is computed and recomputed, see `models.recompute`.
     """
     for index, block in enumerate(blocks):
         if every and torch.is_grad_enabled() and index % every == 0:
-            x = checkpoint(block, x, use_reentrant=False)
+            offload = getattr(block, "input_offload", None)
+            with offload.hooks() if offload else nullcontext():
+                x = checkpoint(block, x, use_reentrant=False, context_fn=keep or noop_context_fn)
         else:
             x = block(x)
     return x

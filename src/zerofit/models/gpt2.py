@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.models import GPT2Config
+from ..config.models import GPT2Config, Recomputation
 from .base import apply_blocks, parameter_generator
 
 #: Target of a position that is not trained on.
@@ -121,7 +121,9 @@ class GPT2(nn.Module):
 class GPT2Spec:
     """The recipe; see `zerofit.models.base.ModelSpec`."""
 
-    def build(self, config: GPT2Config, *, checkpoint_every: int = 0) -> nn.Module:
+    def build(
+        self, config: GPT2Config, *, checkpoint_every: int = 0, recomputation: Recomputation = "full"
+    ) -> nn.Module:
         return GPT2(config, checkpoint_every)
 
     def init(self, config: GPT2Config, name: str, seed: int) -> Tensor:
@@ -146,7 +148,7 @@ class GPT2Spec:
         return {name: torch.zeros(samples, config.block_size, dtype=torch.int64) for name in ("tokens", "targets")}
 
     def decays(self, config: GPT2Config, name: str) -> bool:
-        return len(config.parameter_shapes()[name]) >= 2
+        return name in config.decaying()
 
     def flops_per_item(self, config: GPT2Config) -> int:
         return config.flops_per_item()

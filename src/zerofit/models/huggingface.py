@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config.models import HuggingFaceConfig
+from ..config.models import HuggingFaceConfig, Recomputation
 from ..errors import ConfigError, MissingDependency
 from .base import named_unique_parameters
 from .gpt2 import IGNORE
@@ -109,7 +109,9 @@ def parameter_shapes(config: HuggingFaceConfig) -> dict[str, tuple[int, ...]]:
 class HuggingFaceSpec:
     """The recipe; see `zerofit.models.base.ModelSpec`. What only training needs says that it is not there yet."""
 
-    def build(self, config: HuggingFaceConfig, *, checkpoint_every: int = 0) -> nn.Module:
+    def build(
+        self, config: HuggingFaceConfig, *, checkpoint_every: int = 0, recomputation: Recomputation = "full"
+    ) -> nn.Module:
         return HuggingFaceModel(config, checkpoint_every)
 
     def init(self, config: HuggingFaceConfig, name: str, seed: int) -> Tensor:

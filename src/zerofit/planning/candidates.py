@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from ..config.models import Recomputation
 from ..config.schema import Config, Offload, Precision, Strategy
 from .batch import BatchSplit
 from .calibration import Rates
@@ -21,8 +22,6 @@ SAFE_SHARE_TRACED, SAFE_SHARE_COARSE = 0.95, 0.90
 SAFE_SHARE_HOST, SAFE_SHARE_DISK = 0.90, 0.95
 #: Types of the optimizer's means and of the master, from what loses nothing to what is smallest.
 LOW_BIT = (("fp32", "fp32"), ("8bit", "fp32"), ("8bit", "bf16"))
-#: Blocks to recompute that ``auto`` tries: none, every fourth, every second, all.
-CHECKPOINTING = (0, 4, 2, 1)
 #: Buckets for tight memory: a fifth of the usual; ZeRO-3 keeps less gathered.
 TIGHT = {
     "reduce_bucket_elements": 10_000_000,
@@ -30,6 +29,45 @@ TIGHT = {
     "max_live_elements": 200_000_000,
     "max_reuse_distance_elements": 100_000_000,
 }
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Which blocks recompute their activations, and what of them.
+
+    Attributes:
+        every: every n-th block; 0 none.
+        recomputation: see `config.models.Recomputation`.
+    """
+
+    every: int = 0
+    recomputation: Recomputation = "full"
+
+    @property
+    def recomputed(self) -> float:
+        """Share of a forward pass that is computed again; an ordering for when no rates are known."""
+        return {"light": 0.03, "selective": 0.2, "full": 1.0}[self.recomputation] / self.every if self.every else 0.0
+
+    @property
+    def dropped(self) -> tuple[float, float]:
+        """Share of the activations that is not kept: at least, and at most. Bounds, wide where models differ."""
+        bounds = {"light": (0.15, 0.7), "selective": (0.25, 0.9), "full": (1.0, 1.0)}[self.recomputation]
+        return (bounds[0] / self.every, bounds[1] / self.every) if self.every else (0.0, 0.0)
+
+
+def checkpointings(config: Config) -> tuple[Checkpointing, ...]:
+    """What the configuration leaves open; ``auto``: none, the model's ways between, every fourth and second block,
+    all."""
+    wish = config.activation_checkpointing
+    if isinstance(wish, int):
+        return (Checkpointing(wish),)
+    if wish != "auto":
+        return (Checkpointing() if wish == "none" else Checkpointing(1, wish),)
+    everywhere = [way for way in config.model.recomputations if way == "full" or not config.compile]
+    if config.activation_offload == "cpu":
+        return tuple(Checkpointing(1, way) for way in everywhere)
+    partial = [way for way in everywhere if way != "full"]
+    return (Checkpointing(), *(Checkpointing(1, way) for way in partial), *(Checkpointing(n) for n in (4, 2, 1)))
 
 
 @dataclass(frozen=True)
@@ -178,7 +216,7 @@ class Builder:
     _states: dict[tuple[object, ...], dict[str, int]] = field(default_factory=dict)
     _base: Plan | None = None
 
-    def plan(self, rung: Rung, split: BatchSplit, every: int, tight: bool) -> Plan:
+    def plan(self, rung: Rung, split: BatchSplit, checkpointing: Checkpointing, tight: bool) -> Plan:
         """The plan of one option."""
         if self._base is None:
             self._base = self._validated(rung, split)
@@ -192,7 +230,9 @@ class Builder:
                 "ranks_per_node": -(-split.world_size // self.hardware.nodes),
                 "micro_batch": split.micro_batch,
                 "accumulation_steps": split.accumulation_steps,
-                "activation_checkpointing_every": every,
+                "activation_checkpointing_every": checkpointing.every,
+                "recomputation": checkpointing.recomputation,
+                "activation_offload": self.config.activation_offload,
                 "compile": self.config.compile and rung.strategy != "zero3",  # see Config: wrong gradients
                 "zero": zero,
             }
@@ -235,7 +275,8 @@ class Builder:
 
     def candidate(self, plan: Plan) -> Candidate:
         """The plan with its memory, its speed and the machine's limits."""
-        memory = predict_memory(plan, self.constants)
+        free = min(gpu.free_bytes for gpu in self.hardware.gpus) if self.device == "cuda" else None
+        memory = predict_memory(plan, self.constants, free_bytes=free)
         ranks = plan.ranks_per_node or plan.world_size
         host = 0 if self.device == "cpu" else ranks * memory.host_peak_bytes
         checkpoint, disk = checkpoint_bytes(self.config, plan.parameters)
@@ -292,9 +333,9 @@ def checkpoint_bytes(config: Config, parameters: int) -> tuple[int, int]:
 
 
 def checkpointing_of(plan: Plan) -> str | int:
-    """As the configuration spells it: ``none``, ``full`` or every n-th."""
+    """As the configuration spells it: ``none``, ``light``, ``selective``, ``full`` or every n-th."""
     every = plan.activation_checkpointing_every
-    return {0: "none", 1: "full"}.get(every, every)
+    return {0: "none", 1: plan.recomputation}.get(every, every)
 
 
 def describe(plan: Plan) -> str:

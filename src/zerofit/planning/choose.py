@@ -10,7 +10,17 @@ from ..config.schema import Config, Goal, Precision
 from ..errors import ConfigError, DoesNotFit, MissingDependency
 from .batch import BatchSplit, possible_splits
 from .calibration import Rates, constants, rates
-from .candidates import LADDER, LOW_BIT, SAFE_SHARE_DISK, Builder, Candidate, Rung, checkpointing_of, describe
+from .candidates import (
+    LADDER,
+    LOW_BIT,
+    SAFE_SHARE_DISK,
+    Builder,
+    Candidate,
+    Checkpointing,
+    Rung,
+    checkpointing_of,
+    describe,
+)
 from .dimensions import dimension_notes
 from .hardware import Hardware
 from .plan import Plan
@@ -325,8 +335,8 @@ def _speed(candidate: Candidate) -> float:
 def _slowness(candidate: Candidate) -> tuple[float, int, float, int]:
     """A sorting key: predicted time; without one, sharding, recomputation, then the largest micro-batch."""
     plan = candidate.plan
-    every = plan.activation_checkpointing_every
-    return (1 / _speed(candidate), _sharding(candidate), 1 / every if every else 0.0, -plan.micro_batch)
+    recomputed = Checkpointing(plan.activation_checkpointing_every, plan.recomputation).recomputed
+    return (1 / _speed(candidate), _sharding(candidate), recomputed, -plan.micro_batch)
 
 
 def _sharding(candidate: Candidate) -> int:
@@ -377,6 +387,8 @@ def _why_not(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
 def _warnings(config: Config, hardware: Hardware, chosen: Candidate) -> list[str]:
     """What a person should know although it can run."""
     found = []
+    if config.activation_offload == "cpu" and chosen.plan.device == "cpu":
+        found.append("activation_offload does nothing without a GPU: activations are in host memory anyway.")
     if config.compile and not chosen.plan.compile:
         found.append("compile is off: under ZeRO-3 it gives wrong gradients on GPUs (docs/experiments.md).")
     free = hardware.disk_free_bytes
@@ -409,7 +421,7 @@ def nothing_fits(candidates: Sequence[Candidate]) -> str:
     return (
         f"No strategy fits (each at its smallest: the nearest is {describe(nearest.plan)} at micro-batch "
         f"{nearest.plan.micro_batch}, activation checkpointing {recomputed}): {needs}. Ways to make it fit: "
-        f"{'; '.join(ways)}; or a shorter model.block_size, or a smaller model."
+        f"{'; '.join(ways)}; or shorter samples, or a smaller model."
     )
 
 

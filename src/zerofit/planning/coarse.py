@@ -66,6 +66,9 @@ def _activation_bytes(plan: Plan, h: int) -> int:
     every = plan.activation_checkpointing_every
     if not every:
         return model.depth * block
+    if plan.recomputation != "full":
+        # Half is less than any of the ways between drops.
+        return model.depth * block // 2 + block
     checkpointed = math.ceil(model.depth / every)
     # One checkpointed block at a time is alive again while it is recomputed.
     return (model.depth - checkpointed) * block + checkpointed * boundary + block

@@ -171,8 +171,8 @@ def _batch(candidate: Candidate) -> str:
 
 
 def _recompute(candidate: Candidate) -> str:
-    every = candidate.plan.activation_checkpointing_every
-    return {0: "none", 1: "all"}.get(every, f"1 in {every}")
+    every, way = candidate.plan.activation_checkpointing_every, candidate.plan.recomputation
+    return {0: "none", 1: "all" if way == "full" else way}.get(every, f"1 in {every}")
 
 
 def _large_parts(candidate: Candidate) -> tuple[int, int, int]:

@@ -18,10 +18,10 @@ from .memory_fsdp import FSDPModel, fsdp_state_bytes
 from .memory_replicated import ReplicatedModel, replicated_state_bytes
 from .memory_zero2 import Zero2Model
 from .memory_zero3 import Zero3Model
-from .plan import Plan
+from .plan import Plan, input_bytes
 from .template import ModuleEvent, StepEvent, compose
 from .timeline import EngineModel, Ledger, parameter_elements, simulate
-from .zero_memory import swapped_bytes, zero_state_bytes
+from .zero_memory import pinned_bytes, swapped_bytes, zero_state_bytes
 
 MIB = 1024**2
 #: One rank's process before it holds anything of ours: interpreter, PyTorch, CUDA's libraries. Not measured.
@@ -93,18 +93,38 @@ class MemoryPrediction:
     basis: str
 
 
-def predict_memory(plan: Plan, device: DeviceConstants = H200) -> MemoryPrediction:
+def predict_memory(plan: Plan, device: DeviceConstants = H200, *, free_bytes: int | None = None) -> MemoryPrediction:
     """The plan's memory. Needs no GPU, no DeepSpeed, and no torch when the model's trace is known.
 
     Remembered in the user's cache folder, see `store`.
+
+    Args:
+        free_bytes: what the GPU has free for one process; None: enough. Where it is short, DeepSpeed starts up through
+            host memory.
     """
     if plan.device == "cpu":
         device = NO_GPU
     known, key = store.predictions(), _plan_key(plan, device)
     found = known.get(key)
+    if found is None:
+        found = asdict(_predict(plan, device, None))
+        if found["basis"] == "traced":
+            known.put(key, found)
+    prediction = MemoryPrediction(**found)
+    starts_short = free_bytes is not None and prediction.phases.get("init") and prediction.driver_bytes > free_bytes
+    if not starts_short or prediction.peak_phase != "init" or plan.strategy not in ("zero1", "zero2"):
+        return prediction
+    return _predict_short(plan, device, free_bytes, key)
+
+
+def _predict_short(plan: Plan, device: DeviceConstants, free_bytes: int | None, key: str) -> MemoryPrediction:
+    """The plan's memory on a GPU that has less free than the start would like."""
+    assert free_bytes is not None
+    known, key = store.predictions(), f"{key}-{free_bytes}"
+    found = known.get(key)
     if found is not None:
         return MemoryPrediction(**found)
-    prediction = _predict(plan, device)
+    prediction = _predict(plan, device, free_bytes - _outside_bytes(plan, device))
     if prediction.basis == "traced":
         known.put(key, asdict(prediction))
     return prediction
@@ -127,7 +147,7 @@ def fits_within(plan: Plan, limit_bytes: int, device: DeviceConstants = H200) ->
         return False
     outside = _outside_bytes(plan, device)
     try:
-        ledger, _ = _play(plan, device, *_micro_step(plan))
+        ledger, _ = _play(plan, device, *_micro_step(plan), limit_bytes - outside)
         simulate_allocator(ledger.sequence, limit_bytes - outside)
     except Exception:  # out of memory, or a model that cannot be traced, whose coarse estimate has just been compared
         return False
@@ -141,12 +161,12 @@ def _outside_bytes(plan: Plan, device: DeviceConstants) -> int:
     return device.context_bytes + int(share * device.nccl_bytes)
 
 
-def _predict(plan: Plan, device: DeviceConstants) -> MemoryPrediction:
+def _predict(plan: Plan, device: DeviceConstants, room_bytes: int | None = None) -> MemoryPrediction:
     try:
         micro_step = _micro_step(plan)
     except Exception as reason:  # a model that cannot be traced, or no torch to trace it with
         return _coarse(plan, device, f"{type(reason).__name__}: {reason}")
-    ledger, host = _play(plan, device, *micro_step)
+    ledger, host = _play(plan, device, *micro_step, room_bytes)
     phases = {phase: {k: v for k, v in items.items() if v} for phase, (_, items) in ledger.peaks.items()}
     phase = max(ledger.peaks, key=lambda name: ledger.peaks[name][0])
     allocated = reserved = ledger.peaks[phase][0]
@@ -168,14 +188,18 @@ def _micro_step(plan: Plan) -> tuple[list[StepEvent], list[int]]:
 
 
 def _play(
-    plan: Plan, device: DeviceConstants, events: Sequence[StepEvent], inputs: Sequence[int]
+    plan: Plan,
+    device: DeviceConstants,
+    events: Sequence[StepEvent],
+    inputs: Sequence[int],
+    room_bytes: int | None = None,
 ) -> tuple[Ledger, Ledger]:
     """The run on the GPU and in host memory (the same without a GPU)."""
     on_gpu = plan.device == "cuda"
     ledger = Ledger(ROUND_BYTES if on_gpu else 1)
     host = Ledger() if on_gpu else ledger
     workspace = device.workspace_bytes if on_gpu else 0
-    simulate(plan, ledger, engine_model(plan, ledger, host, events), events, inputs, workspace)
+    simulate(plan, ledger, engine_model(plan, ledger, host, events, room_bytes), events, inputs, workspace)
     return ledger, host
 
 
@@ -223,23 +247,34 @@ def _host_items(plan: Plan, host: Ledger) -> dict[str, int]:
         return {}
     largest = max((items for _, items in host.peaks.values()), key=lambda items: sum(items.values()), default={})
     loading = 2 * 4 * max(parameter_elements(plan).values())
-    return {"process": PROCESS_BYTES, "loading": loading, **{name: size for name, size in largest.items() if size}}
+    inputs = {}
+    if plan.activation_offload == "cpu":
+        inputs = {"activations": plan.model.depth * pinned_bytes(input_bytes(plan) // plan.model.depth)}
+    return {
+        "process": PROCESS_BYTES,
+        "loading": loading,
+        **inputs,
+        **{name: size for name, size in largest.items() if size},
+    }
 
 
-def engine_model(plan: Plan, ledger: Ledger, host: Ledger, events: Sequence[StepEvent]) -> EngineModel:
+def engine_model(
+    plan: Plan, ledger: Ledger, host: Ledger, events: Sequence[StepEvent], room_bytes: int | None = None
+) -> EngineModel:
     """The plan's engine, as far as it allocates.
 
     Args:
         ledger: of the GPU.
         host: of host memory; the same ledger when there is no GPU.
         events: one micro-step, whose module events ZeRO-3 follows.
+        room_bytes: of the GPU for PyTorch's allocator; None: enough.
     """
     if plan.strategy == "zero3":
         return Zero3Model(plan, ledger, host, [event for event in events if isinstance(event, ModuleEvent)])
     if plan.strategy == "fsdp2":
         return FSDPModel(plan, ledger, events)
     if plan.strategy in ("zero1", "zero2"):
-        return Zero2Model(plan, ledger, host)
+        return Zero2Model(plan, ledger, host, room_bytes)
     return ReplicatedModel(plan, ledger)
 
 

@@ -51,10 +51,15 @@ class _Group:
 
 class Zero2Model:
     """See `timeline.EngineModel`. The rank is the last one: it owns the last layers, whose gradients come first and
-    so lie beside the most activations."""
+    so lie beside the most activations.
 
-    def __init__(self, plan: Plan, ledger: Ledger, host: Ledger) -> None:
-        self.plan, self.ledger, self.host = plan, ledger, host
+    Args:
+        room_bytes: what the GPU has free for PyTorch's allocator. DeepSpeed looks, and flattens through host memory
+            where the flat copy does not fit beside the parameters; None: it fits.
+    """
+
+    def __init__(self, plan: Plan, ledger: Ledger, host: Ledger, room_bytes: int | None = None) -> None:
+        self.plan, self.ledger, self.host, self.room_bytes = plan, ledger, host, room_bytes
         self.h = 2 if plan.mixed else 4
         self.stage2 = plan.strategy == "zero2"
         self.offload = plan.offload != "none"
@@ -81,9 +86,19 @@ class Zero2Model:
                 ledger.alloc(("parameter", name), h * elements, "parameters")
         for index, group in enumerate(self.groups):
             ledger.empty_cache()
-            ledger.alloc(("flat", index), h * group.part * self.plan.world_size, "parameters")
-            for name in group.members:
-                ledger.free(("parameter", name))
+            flat_bytes = h * group.part * self.plan.world_size
+            through_host = self.room_bytes is not None and self.room_bytes - ledger.live_bytes < flat_bytes
+            if through_host:
+                self.host.alloc("flattening", h * sum(group.members.values()), "loading")
+                for name in group.members:
+                    ledger.free(("parameter", name))
+                ledger.empty_cache()
+            ledger.alloc(("flat", index), flat_bytes, "parameters")
+            if through_host:
+                self.host.free("flattening")
+            else:
+                for name in group.members:
+                    ledger.free(("parameter", name))
             if self.offload or (h == 2 and not self.shared):
                 ledger.alloc("clone", h * group.part, "temporaries")
             if self.shared:

@@ -68,9 +68,9 @@ def planned_groups(plan: Plan) -> list[StateGroup]:
 
 
 def decaying(plan: Plan) -> dict[str, bool]:
-    """Name -> whether weight decay applies: to tensors of two and more dimensions, as `ModelSpec.decays` says,
-    which needs torch."""
-    return {name: len(shape) >= 2 for name, shape in plan.model.parameter_shapes().items()}
+    """Name -> whether weight decay applies."""
+    decayed = plan.model.decaying()
+    return {name: name in decayed for name in plan.model.parameter_shapes()}
 
 
 def flat_elements(optimizer: OptimizerPlan, group: StateGroup) -> int:

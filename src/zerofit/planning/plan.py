@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..config.models import ModelConfig, Section
+from ..config.models import LanguageModelShape, ModelConfig, Recomputation, Section
 from ..config.optimizers import MasterType, OptimizerKind, StateType
 from ..config.schema import FsdpConfig, LossScaleConfig, Offload, Precision, Strategy
 
@@ -95,6 +95,10 @@ class Plan(Section):
     gradient_dtype: Literal["compute", "fp32"] = "compute"
     activation_checkpointing_every: int = 0
     """0: none; 1: every block; n: every n-th block."""
+    recomputation: Recomputation = "full"
+    """What of those blocks is recomputed."""
+    activation_offload: Literal["none", "cpu"] = "none"
+    """``cpu``: inputs of recomputed blocks lie in host memory; with every block recomputed."""
     compile: bool = False
     compile_mode: str = "default"
     deterministic: bool = False
@@ -120,3 +124,11 @@ class Plan(Section):
     def mixed(self) -> bool:
         """True when the compute copy is half precision and the masters are fp32."""
         return self.precision != "fp32"
+
+
+def input_bytes(plan: Plan) -> int:
+    """Inputs of all blocks for one micro-step of a rank, in bytes: what ``activation_offload`` moves."""
+    model = plan.model
+    assert isinstance(model, LanguageModelShape)
+    wide = getattr(model, "residual_in_fp32", False) or not plan.mixed
+    return model.depth * plan.micro_batch * model.sequence_length * model.width * (4 if wide else 2)

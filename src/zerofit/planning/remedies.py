@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from ..config.optimizers import LOW_BIT_KINDS, why_not
 from .batch import BatchSplit
-from .candidates import LOW_BIT, Builder, Candidate, Rung, describe_states
+from .candidates import LOW_BIT, Builder, Candidate, Checkpointing, Rung, describe_states
 from .plan import Plan, ZeroPlan
 from .sizes import GIB
 
@@ -31,26 +31,25 @@ def _fits(builder: Builder, plan: Plan) -> bool:
 def _smaller(builder: Builder, missed: Candidate) -> Iterator[str]:
     """A smaller micro-batch, recomputation, or both: what a fixed wish ruled out."""
     plan = missed.plan
-    micro = _micro_batch_that_fits(builder, plan, plan.activation_checkpointing_every)
+    micro = _micro_batch_that_fits(builder, plan)
     if micro:
         yield f"fits at micro-batch {micro}"
-    if plan.activation_checkpointing_every == 1:
+    recomputed = plan.model_copy(update={"activation_checkpointing_every": 1, "recomputation": "full"})
+    if recomputed == plan:
         return
-    if _fits(builder, plan.model_copy(update={"activation_checkpointing_every": 1})):
+    if _fits(builder, recomputed):
         yield "fits with every block checkpointed"
     elif not micro:
-        micro = _micro_batch_that_fits(builder, plan, 1)
+        micro = _micro_batch_that_fits(builder, recomputed)
         if micro:
             yield f"fits at micro-batch {micro} with every block checkpointed"
 
 
-def _micro_batch_that_fits(builder: Builder, plan: Plan, every: int) -> int | None:
+def _micro_batch_that_fits(builder: Builder, plan: Plan) -> int | None:
     """The largest smaller micro-batch that fits, same batch of the rank; None when not even one sample does."""
     samples = plan.micro_batch * plan.accumulation_steps
     changed = [
-        plan.model_copy(
-            update={"micro_batch": m, "accumulation_steps": samples // m, "activation_checkpointing_every": every}
-        )
+        plan.model_copy(update={"micro_batch": m, "accumulation_steps": samples // m})
         for m in range(1, plan.micro_batch)
         if samples % m == 0
     ]
@@ -94,7 +93,8 @@ def _over(builder: Builder, plan: Plan, ranks: int) -> Plan:
     samples = plan.global_batch // ranks
     micro = max(m for m in range(1, plan.micro_batch + 1) if samples % m == 0)
     tight = plan.zero.prefetch_bucket_elements < ZeroPlan().prefetch_bucket_elements
-    changed = builder.plan(rung, BatchSplit(micro, samples // micro, ranks), plan.activation_checkpointing_every, tight)
+    checkpointing = Checkpointing(plan.activation_checkpointing_every, plan.recomputation)
+    changed = builder.plan(rung, BatchSplit(micro, samples // micro, ranks), checkpointing, tight)
     return changed.model_copy(update={"ranks_per_node": min(ranks, plan.ranks_per_node or ranks)})
 
 

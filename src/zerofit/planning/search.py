@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..config.schema import Config, Goal
 from .batch import BatchSplit
-from .candidates import CHECKPOINTING, Builder, Candidate, Rung
+from .candidates import Builder, Candidate, Checkpointing, Rung, checkpointings
 from .plan import Plan
 
 
@@ -17,25 +17,18 @@ class Option:
 
     Attributes:
         split: micro-batch and accumulation.
-        every: every n-th block recomputed; 0 none.
+        checkpointing: what is recomputed.
         tight: narrow buckets.
     """
 
     split: BatchSplit
-    every: int
+    checkpointing: Checkpointing
     tight: bool
-
-    @property
-    def recomputed(self) -> float:
-        """Share of the blocks that are recomputed."""
-        return 1 / self.every if self.every else 0.0
 
 
 def options(config: Config, splits: Sequence[BatchSplit], *, tight: bool) -> list[Option]:
     """All that the configuration leaves open."""
-    wish = config.activation_checkpointing
-    levels = CHECKPOINTING if wish == "auto" else (wish if isinstance(wish, int) else {"none": 0, "full": 1}[wish],)
-    return [Option(split, every, tight) for every in levels for split in splits]
+    return [Option(split, level, tight) for level in checkpointings(config) for split in splits]
 
 
 def search(builder: Builder, rung: Rung, splits: Sequence[BatchSplit], goals: Sequence[Goal]) -> list[Candidate]:
@@ -57,10 +50,10 @@ class _Search:
 
     def __init__(self, builder: Builder, rung: Rung, considered: Sequence[Option]) -> None:
         self.builder = builder
-        self.plans: dict[Option, Plan] = {o: builder.plan(rung, o.split, o.every, o.tight) for o in considered}
+        self.plans: dict[Option, Plan] = {o: builder.plan(rung, o.split, o.checkpointing, o.tight) for o in considered}
         self.tried: dict[Option, Candidate] = {}
         #: If this does not fit, nothing does.
-        self.least = min(considered, key=lambda o: (o.split.micro_batch, -o.recomputed))
+        self.least = min(considered, key=lambda o: (o.split.micro_batch, -o.checkpointing.dropped[0]))
 
     def ends(self, goals: Sequence[Goal]) -> list[Candidate]:
         """What fits and serves each goal; the least when nothing fits."""
@@ -69,13 +62,15 @@ class _Search:
         if fastest.fits and "memory" in goals:
             found.append(replace(self._try(self.least), variant="least memory"))
         if fastest.fits and "largest-batch" in goals:
-            largest = self._first_that_fits(sorted(self.plans, key=lambda o: (-o.split.micro_batch, o.recomputed)))
+            largest = self._first_that_fits(
+                sorted(self.plans, key=lambda o: (-o.split.micro_batch, o.checkpointing.recomputed))
+            )
             found.append(replace(largest, variant="largest batch"))
         return [c for index, c in enumerate(found) if all(c.plan != other.plan for other in found[:index])]
 
     def _slowness(self, option: Option) -> tuple[float, float, int]:
         step = self.builder.speed(self.plans[option])
-        return (1 / step.tokens_per_second if step else 0.0, option.recomputed, -option.split.micro_batch)
+        return (1 / step.tokens_per_second if step else 0.0, option.checkpointing.recomputed, -option.split.micro_batch)
 
     def _first_that_fits(self, order: Sequence[Option]) -> Candidate:
         """The first option in `order` that fits, else the least; what cannot fit is not looked at."""
@@ -104,7 +99,8 @@ def _at_least(option: Option, other: Option, known: Candidate) -> float:
     micro-batch, and the rest stays; another moment can only be higher.
     """
     items, micro = known.memory.items, option.split.micro_batch / other.split.micro_batch
-    kept = (1 - option.recomputed) / (1 - other.recomputed) if other.recomputed < 1 else float(option == other)
+    dropped, before = option.checkpointing.dropped[1], other.checkpointing.dropped[0]
+    kept = (1 - dropped) / (1 - before) if before < 1 else float(option == other)
     saved = items.get("activations", 0) * max(0.0, 1 - micro * kept) + items.get("logits", 0) * max(0.0, 1 - micro)
     outside = known.memory.driver_bytes - known.memory.reserved_bytes
     return known.memory.allocated_bytes + outside - saved

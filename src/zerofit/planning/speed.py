@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .calibration import Rates
 from .optimizer_states import BLOCK, MEANS, planned_groups
-from .plan import Plan
+from .plan import Plan, input_bytes
 from .work import Work, work_of
 
 #: Share of the large-matrix rate that a Transformer's products reach when width and tokens are large. Fitted.
@@ -21,6 +21,10 @@ PRODUCT_SHARE = 0.88
 HALF_WIDTH, HALF_TOKENS, REFERENCE_FLOPS = 343.0, 250.0, 790e12
 #: Flash attention's share of the large-matrix rate, and its backward pass against its forward (it recomputes).
 ATTENTION_SHARE, ATTENTION_BACKWARD = 0.40, 2.5
+#: Seconds that a selective scan takes for one state of one channel and token, each way, on the reference GPU: 0.414 and
+#: 1.358 ms for 4096 tokens, 9728 channels, 16 states in bf16 (H200, 2026-11-21). Bound by exponentials and shared
+#: memory, so on other GPUs it is taken to follow their arithmetic rate.
+SCAN_SECONDS, SCAN_BACKWARD_SECONDS = 6.5e-13, 2.13e-12
 #: Elementwise traffic against compiled, fused kernels; bytes a logit moves: written, read by the softmax, its
 #: gradient written and read; eager keeps an fp32 copy as well.
 EAGER_TRAFFIC, LOGIT_BYTES = 1.2, {"eager": 34, "compiled": 16}
@@ -54,9 +58,13 @@ FORMULAS = (
      "rate: measured or data sheet; 0.88, c0, m0 fitted on H200 (docs/experiments.md)"),
     ("attention", "2 L C T x M FLOPs forward (causal half), 2.5 times that backward, over 0.40 x matrix rate",
      "Dao 2023 (FlashAttention-2), section 4.1; 0.40 fitted"),
-    ("elementwise", "18 x C x L x M x h bytes forward, twice that backward (x 1.2 eager), 16 bytes a logit (34 eager), "
-     "over memory bandwidth", "counted in zerofit's GPT-2; bandwidth x 0.875"),
-    ("recomputation", "the forward pass of the checkpointed blocks once more", "Chen et al. 2016"),
+    ("selective scan", "0.65 ps a token, channel and state forward and 2.13 ps backward at 790 TFLOP/s, more in "
+     "proportion on slower GPUs", "measured on H200"),
+    ("elementwise", "18 x C x L x M x h bytes forward (Mamba: 10 x C + 2 x D instead of 18 x C), twice that backward "
+     "(x 1.2 eager), 16 bytes a logit (34 eager), over memory bandwidth",
+     "counted in zerofit's models; bandwidth x 0.875"),
+    ("recomputation", "the forward pass of the checkpointed blocks once more; light: norm, convolution and step size; "
+     "selective: the scan too", "Chen et al. 2016"),
     ("launching", "7 us a kernel; hooks: 2 us a parameter under DDP, 95 us under ZeRO-1/2, 0.53 ms a module and pass "
      "under ZeRO-3, 0.25 ms a group and pass under FSDP2; a micro-step takes the longer of this and the GPU's work",
      "fitted on H200; FSDP2's assumed"),
@@ -131,7 +139,8 @@ def _parts(plan: Plan, work: Work, found: Rates) -> dict[str, float]:
         "launch": idle,
         "communication": (steps - 1) * each + last + after,
         "optimizer": _optimizer_seconds(plan, found),
-        "offload": _offload_seconds(plan, found, backward + recompute),
+        "offload": _offload_seconds(plan, found, backward + recompute)
+        + _input_seconds(plan, found, forward, backward + recompute),
         "overhead": STEP_SECONDS,
     }
 
@@ -146,15 +155,22 @@ def _gpu_seconds(plan: Plan, work: Work, found: Rates) -> tuple[float, float, fl
     attention = work.attention_flops / (found.matrix_flops * ATTENTION_SHARE)
     traffic = work.block_traffic * h / found.bandwidth * (1.0 if plan.compile else EAGER_TRAFFIC)
     logits = work.logits * LOGIT_BYTES[mode] / found.bandwidth
-    blocks = work.block_flops / product + attention + traffic
+    scan = work.scan_elements * REFERENCE_FLOPS / found.matrix_flops
+    blocks = work.block_flops / product + attention + traffic + SCAN_SECONDS * scan
     forward = tokens * (blocks + work.head_flops / product + logits / 3)
     backward = tokens * (
         2 * (work.block_flops + work.head_flops) / product
         + ATTENTION_BACKWARD * attention
         + 2 * traffic
+        + SCAN_BACKWARD_SECONDS * scan
         + logits * 2 / 3
     )
-    return forward, backward, tokens * blocks * _checkpointed_share(plan, work)
+    again = {
+        "full": blocks,
+        "light": work.light_flops / product + work.light_traffic * h / found.bandwidth,
+    }
+    again["selective"] = again["light"] + SCAN_SECONDS * scan
+    return forward, backward, tokens * again[plan.recomputation] * _checkpointed_share(plan, work)
 
 
 def _checkpointed_share(plan: Plan, work: Work) -> float:
@@ -246,6 +262,16 @@ def orthogonal_flops(plan: Plan) -> float:
             r, c = sorted((shape[0], math.prod(shape[1:])))
             total += plan.optimizer.orthogonal_steps * (4 * r * r * c + 2 * r**3)
     return total
+
+
+def _input_seconds(plan: Plan, found: Rates, forward: float, backward: float) -> float:
+    """What moving the blocks' inputs to the host and back adds to a step: what does not hide behind the passes."""
+    if plan.activation_offload == "none":
+        return 0.0
+    moved = input_bytes(plan)
+    out = max(0.0, moved / found.device_to_host - OVERLAP_WINDOW * forward)
+    back = max(0.0, moved / found.host_to_device - OVERLAP_WINDOW * backward)
+    return plan.accumulation_steps * (out + back)
 
 
 def _offload_seconds(plan: Plan, found: Rates, backward: float) -> float:

@@ -7,6 +7,7 @@ keyed by the source files that they follow from: a changed model or engine model
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib.util
@@ -19,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..config.models import Recomputation
 from ..config.schema import Precision
 from .plan import Plan
 from .template import FORMAT, Template, from_json
@@ -29,6 +31,14 @@ TRACED_DEPTH = 4
 #: Templates of this process, by key.
 _LOADED: dict[str, Template] = {}
 _TRACERS = ("template.py", "trace.py", "trace_compiled.py")
+#: Architecture -> files beside its own whose operators decide what its trace says.
+_MORE_SOURCES = {
+    "mamba": (
+        "recompute.py",
+        *(f"../kernels/{name}.py" for name in ("selective_scan", "selective_scan_torch", "causal_conv", "rms_norm")),
+        "../kernels/head_loss.py",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -38,16 +48,18 @@ class TraceKey:
     Attributes:
         model: the config, with no more blocks than are traced.
         element_bytes: of the compute type; bf16 and fp16 allocate the same.
-        recompute: the kind of blocks: with activations recomputed in the backward pass, or kept.
+        recompute: the kind of blocks: what is recomputed in the backward pass; None keeps all activations.
         compiled: with `ModelSpec.compiled_units` compiled.
         device: ``cuda`` or ``cpu``.
+        offloaded: inputs of recomputed blocks lie in host memory.
     """
 
     model: Mapping[str, Any]
     element_bytes: int
-    recompute: bool
+    recompute: Recomputation | None
     compiled: bool
     device: str
+    offloaded: bool = False
 
     @property
     def text(self) -> str:
@@ -57,9 +69,11 @@ class TraceKey:
 
 
 def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
-    """The trace that a plan needs for one kind of its blocks."""
+    """The trace that a plan needs for one kind of its blocks: those that are recomputed, or the others."""
     shallow = plan.model.with_depth(min(plan.model.depth, TRACED_DEPTH))
-    return TraceKey(shallow.model_dump(mode="json"), 2 if plan.mixed else 4, recompute, plan.compile, plan.device)
+    kind = plan.recomputation if recompute else None
+    offloaded = recompute and plan.activation_offload == "cpu" and plan.device == "cuda"
+    return TraceKey(shallow.model_dump(mode="json"), 2 if plan.mixed else 4, kind, plan.compile, plan.device, offloaded)
 
 
 def template(plan: Plan, *, recompute: bool) -> Template:
@@ -93,6 +107,7 @@ def trace_now(plan: Plan, key: TraceKey) -> Template:
         recompute=key.recompute,
         compiled=key.compiled,
         device=key.device,
+        offloaded=key.offloaded,
     )
 
 
@@ -153,14 +168,29 @@ def _write(path: Path, data: Any) -> None:
 
 
 def _sources(kind: str) -> str:
-    """Hash of the files that decide what a trace says: the model's own, its base, and the tracer."""
+    """Hash of the files that decide what a trace says: the model's own, its base, its operators', and the tracer."""
     from ..models import MODELS
 
     model = importlib.util.find_spec(MODELS[kind].partition(":")[0])
     assert model is not None
     assert model.origin is not None
-    files = [Path(model.origin), Path(model.origin).with_name("base.py")]
-    return _hash_files(*files, *(Path(__file__).with_name(name) for name in _TRACERS))
+    home = Path(model.origin).parent
+    files = [Path(model.origin), home / "base.py", *(home / name for name in _MORE_SOURCES.get(kind, ()))]
+    return _hash_code(*files, *(Path(__file__).with_name(name) for name in _TRACERS))
+
+
+@functools.cache
+def _hash_code(*paths: Path) -> str:
+    """Of what the files do: comments, docstrings and layout aside."""
+    return _hash("".join(_hash(_code(path)) for path in paths))
+
+
+def _code(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 @functools.cache

@@ -25,14 +25,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..config.models import Recomputation
 from ..config.schema import Precision
 from ..models.base import ModelSpec
+from ..models.offload import TracedOffload
 from .template import BACKWARD, FORWARD, Event, Template
 from .trace_compiled import stand_in
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Blocks of a traced model: first, two middle ones (which must be alike) and last.
 DEPTH = 4
+#: Channels of a group in the deterministic backward pass of the selective scan.
+SCAN_COLUMN = 16
 #: Samples of the traced points; the third must lie on the line through the first two. Some operators take another way
 #: for a single sample (matrix products of a batch of one): then lines start at two.
 SAMPLES = ((1, 2, 5), (2, 3, 6))
@@ -43,22 +47,38 @@ class TraceError(Exception):
 
 
 def trace_template(
-    spec: ModelSpec[Any], config: Any, *, precision: Precision, recompute: bool, compiled: bool, device: str
+    spec: ModelSpec[Any],
+    config: Any,
+    *,
+    precision: Precision,
+    recompute: Recomputation | None,
+    compiled: bool,
+    device: str,
+    offloaded: bool = False,
 ) -> Template:
     """Trace one kind of blocks.
 
     Args:
         spec, config: the model.
         precision: of the compute copy.
-        recompute: with every block's activations recomputed.
+        recompute: what every block recomputes of its activations; None keeps them.
         compiled: with `ModelSpec.compiled_units` compiled; no module events then.
         device: ``cuda`` or ``cpu``, whose kernels the trace follows.
+        offloaded: with the blocks' inputs in host memory.
 
     Raises:
         TraceError: sizes are not linear in the batch, or the middle blocks differ.
     """
     build = functools.partial(
-        _Recording, spec, shallow(config, DEPTH), DTYPES[precision], recompute, device=device, compiled=compiled
+        _Recording,
+        spec,
+        shallow(config, DEPTH),
+        DTYPES[precision],
+        int(recompute is not None),
+        device=device,
+        compiled=compiled,
+        recomputation=recompute or "full",
+        offloaded=offloaded,
     )
     failure = None
     for samples in SAMPLES:
@@ -81,13 +101,22 @@ def shallow(config: Any, depth: int) -> Any:
 
 
 def direct_events(
-    spec: ModelSpec[Any], config: Any, *, precision: Precision, every: int, samples: int, device: str, compiled: bool
+    spec: ModelSpec[Any],
+    config: Any,
+    *,
+    precision: Precision,
+    every: int,
+    samples: int,
+    device: str,
+    compiled: bool,
+    recomputation: Recomputation = "full",
+    offloaded: bool = False,
 ) -> tuple[int, int, int]:
     """Trace the whole model at one size: (bytes saved at the end of forward, forward peak, backward peak).
 
     What composing templates must equal; for tests. Parameter gradients are freed as they are finished.
     """
-    record = _Recording(spec, config, DTYPES[precision], every, samples, device, compiled)
+    record = _Recording(spec, config, DTYPES[precision], every, samples, device, compiled, recomputation, offloaded)
     live = peak = saved = forward_peak = 0
     sizes: dict[int, int] = {}
     for event in record.events:
@@ -171,7 +200,9 @@ def _kernel_bytes(func: Any, args: Any) -> int:
 
     Attention backward (FlashAttention 2, ``flash_api.cpp``): the query's gradient accumulates in fp32, rows padded to
     128, and one fp32 number a row. Embedding backward (``Embedding.cu``): sorted indices, and fp32 partial sums of
-    segments of ten (not for up to 3072 indices; counted there too, so that sizes stay linear).
+    segments of ten (not for up to 3072 indices; counted there too, so that sizes stay linear). Head with its loss
+    (`kernels.head_loss`): the logits of one chunk of tokens. Scan backward (`kernels.selective_scan_cuda`): sums of A,
+    D and the bias for each sample, those of B and C in fp32; deterministic: once a group of channels.
     """
     name = func.__name__
     if "scaled_dot_product" in name and "backward" in name:
@@ -181,6 +212,13 @@ def _kernel_bytes(func: Any, args: Any) -> int:
     if name.startswith("embedding_dense_backward"):
         row_bytes = 4 * args[0].shape[-1]
         return int(args[1].numel() * (4 * 8 + row_bytes + -(-row_bytes // 10)))
+    if name.startswith("selective_scan_backward"):
+        batch, length, channels = args[1].shape
+        states, copies = args[3].shape[1], -(-channels // SCAN_COLUMN) if args[10] else 1
+        return int(4 * batch * (channels * (states + 2) + copies * length * 2 * states))
+    if name.startswith("linear_cross_entropy"):
+        x, weight, chunk_tokens = args[0], args[1], args[4]
+        return int(min(chunk_tokens, x.shape[0]) * weight.shape[0] * x.element_size())
     return 0
 
 
@@ -220,7 +258,9 @@ class _Tell(torch.autograd.Function):
 
 
 def _wrapped(argument: Any, tell: Any) -> Any:
-    """`argument`, calling `tell` when its gradient passes."""
+    """`argument` (each of several), calling `tell` when its gradient passes."""
+    if isinstance(argument, tuple):
+        return tuple(_wrapped(part, tell) for part in argument)
     if not isinstance(argument, Tensor) or not argument.requires_grad:
         return argument
     return _Tell.apply(argument, tell)  # type: ignore[no-untyped-call]
@@ -242,14 +282,20 @@ class _Recording:
         samples: int,
         device: str,
         compiled: bool = False,
+        recomputation: Recomputation = "full",
+        offloaded: bool = False,
     ) -> None:
         self.mode = _Storages(device == "cuda")
         self.events = self.mode.events
         with _default_dtype(dtype), FakeTensorMode(allow_non_fake_inputs=True):
-            model = spec.build(config, checkpoint_every=int(every))
+            model = spec.build(config, checkpoint_every=every, recomputation=recomputation)
             inputs = spec.example_inputs(config, samples)
             self.input_bytes = [tensor.nbytes for tensor in inputs.values()]
             self.blocks = list(spec.blocks(model))
+            if offloaded:
+                offload = TracedOffload(self.mode.unrecorded)
+                for block in self.blocks:
+                    vars(block)["input_offload"] = offload
             self.block_name = _block_name(model, self.blocks)
             self._names = {parameter: name for name, parameter in model.named_parameters()}
             for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
@@ -333,6 +379,11 @@ class _Recording:
 
             return note
 
+        def once(when: str) -> Any:
+            """Of several outputs the first whose gradient arrives."""
+            left = iter([tell(when)])
+            return lambda: next(left, lambda: None)()
+
         def before(module: nn.Module, args: Any) -> Any:
             tell("f+")()
             if not any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -341,7 +392,7 @@ class _Recording:
 
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             tell("f-")()
-            return _wrapped(output, tell("b+"))
+            return _wrapped(output, once("b+"))
 
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)

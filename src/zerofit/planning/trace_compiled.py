@@ -23,6 +23,8 @@ from torch.nn.utils.stateless import _reparametrize_module
 #: Operators that stay calls into libraries: their operands and results exist in memory. Not scatter: into a constant
 #: (the loss's gradient) it is fused.
 _CALLS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product", "index_put", "sort", "topk")
+#: Namespace of this project's own kernels, which the compiler calls too.
+KERNELS = "zerofit"
 #: Operators that hand on an operand's memory.
 _VIEWS = frozenset(
     """alias as_strided detach expand getitem permute reshape select slice split split_with_sizes squeeze t transpose
@@ -119,6 +121,8 @@ class _Player:
 
     def _is_call(self, node: fx.Node) -> bool:
         name = _name(node)
+        if getattr(node.target, "namespace", "") == KERNELS:
+            return True
         return node.op == "call_function" and any(name == call or name.startswith(f"_{call}") for call in _CALLS)
 
     def _base(self, node: fx.Node) -> fx.Node:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from ..config.models import GPT2Config, HuggingFaceConfig, ModelConfig
+from ..config.models import GPT2Config, HuggingFaceConfig, MambaConfig, ModelConfig
 
 #: Elements per token and channel that a GPT-2 block reads and writes outside matrix products in a forward pass: two
 #: norms 4, the attention output's transposition 2, GELU 8, two residual sums 4. The backward pass moves about twice
@@ -17,6 +17,12 @@ GPT2_BLOCK_TRAFFIC = 18
 GPT2_BLOCK_KERNELS = {"eager": 44, "compiled": 20}
 #: Modules of a GPT-2 block that hold parameters: ZeRO-3 gathers and frees each in either pass.
 GPT2_BLOCK_MODULES = 6
+#: The same of a Mamba block. Per token and channel of the residual stream: norm 3, its input and the sum in fp32 7;
+#: per inner channel the convolution 2. The scan moves its own, see `Work.scan_elements`.
+MAMBA_STREAM_TRAFFIC, MAMBA_INNER_TRAFFIC = 10, 2
+MAMBA_NORM_TRAFFIC = 3
+MAMBA_BLOCK_KERNELS = {"eager": 46, "compiled": 30}
+MAMBA_BLOCK_MODULES = 7
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,9 @@ class Work:
         modules: modules with parameters: ZeRO-3 gathers each.
         sample_tokens: tokens of one sample.
         step_flops: of forward and backward, as MFU counts them.
+        scan_elements: states that the selective scans of all blocks advance: inner channels x states.
+        light_flops: matrix products that `light` and `selective` recomputation repeat.
+        light_traffic: elements that they move again, as in `block_traffic`.
     """
 
     block_flops: int
@@ -50,6 +59,9 @@ class Work:
     modules: int
     sample_tokens: int
     step_flops: int
+    scan_elements: int = 0
+    light_flops: int = 0
+    light_traffic: int = 0
 
 
 @cache
@@ -57,6 +69,8 @@ def work_of(model: ModelConfig) -> Work | None:
     """The work of a model; None when its speed is not modelled."""
     if isinstance(model, GPT2Config):
         return _gpt2(model)
+    if isinstance(model, MambaConfig):
+        return _mamba(model)
     return _huggingface(model) if isinstance(model, HuggingFaceConfig) else None
 
 
@@ -97,4 +111,27 @@ def _gpt2(model: GPT2Config) -> Work:
         modules=GPT2_BLOCK_MODULES * model.n_layer + 3,
         sample_tokens=length,
         step_flops=model.flops_per_item(),
+    )
+
+
+def _mamba(model: MambaConfig) -> Work:
+    """L blocks of width C, inner width D and N states; table of V rows, tied with the head."""
+    depth, width, inner = model.n_layers, model.d_model, model.d_inner
+    matrices = 3 * inner * width + inner * (2 * model.step_rank + 2 * model.d_state)
+    return Work(
+        block_flops=2 * depth * matrices,
+        attention_flops=0,
+        head_flops=2 * model.padded_vocab_size * width,
+        block_traffic=depth * (MAMBA_STREAM_TRAFFIC * width + MAMBA_INNER_TRAFFIC * inner),
+        logits=model.padded_vocab_size,
+        width=width,
+        blocks=depth,
+        kernels=MAMBA_BLOCK_KERNELS,
+        tensors=len(model.parameter_shapes()),
+        modules=MAMBA_BLOCK_MODULES * depth + 3,
+        sample_tokens=model.max_seq_length,
+        step_flops=model.flops_per_item(),
+        scan_elements=depth * inner * model.d_state,
+        light_flops=2 * depth * inner * model.step_rank,
+        light_traffic=depth * (MAMBA_NORM_TRAFFIC * width + MAMBA_INNER_TRAFFIC * inner),
     )

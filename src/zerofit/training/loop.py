@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from ..models.base import ModelSpec
 from ..planning.gpus import match_name
 from ..planning.plan import Plan
 from ..tasks.base import Loader
-from ..types import FINISH, SAVE, STOP, PendingStep, World
+from ..types import FINISH, SAVE, STOP, PendingStep, StepResult, World
 from .checkpoints import FINAL_PATIENCE_SECONDS, Checkpoints
 from .evaluate import Evaluator
 from .events import EventLog
+from .not_finite import first_bad_layer
 from .progress import Display
 from .schedule import learning_rate
 from .scorecard import Scorecard
@@ -169,7 +171,7 @@ class Trainer:
         self.scorecard.step(seconds)
         self.display.step(step + 1, event)
         self.checkpoints.tell()
-        self._watch(step + 1, result.skipped)
+        self._watch(step + 1, result)
         return result.wishes
 
     def _mfu(self, tokens_per_second: float) -> float | None:
@@ -177,17 +179,34 @@ class Trainer:
             return None
         return tokens_per_second * self.flops_per_item / (self.peak_flops * self.world.world_size)
 
-    def _watch(self, step: int, skipped: bool) -> None:
+    def _watch(self, step: int, result: StepResult) -> None:
         """Count skipped steps; the same on every rank, so that all give up together."""
+        skipped = result.skipped
         self.progress.skips_in_a_row = self.progress.skips_in_a_row + 1 if skipped else 0
         if skipped:
-            self.events.write("warning", step=step, message="gradient not finite; the step was skipped")
+            where = self._where(step, result)
+            self.events.write(
+                "warning", step=step, message=f"gradient not finite; the step was skipped{where and f': {where}'}"
+            )
         if self.progress.skips_in_a_row >= MOST_SKIPS:
             raise TrainingFailed(
-                f"The gradient was not finite for {MOST_SKIPS} steps in a row, up to step {step}. Usual causes: the "
+                f"The gradient was not finite for {MOST_SKIPS} steps in a row, up to step {step}"
+                f"{where and f': {where}'}. Usual causes: the "
                 f"learning rate is too high, fp16 overflows (try bf16 or fp32), or the data is broken. Resume from "
                 f"the last checkpoint with a lower learning rate."
             )
+
+    def _where(self, step: int, result: StepResult) -> str:
+        """In words, which layer is the first whose values are not finite; looked for at the first skip in a row and at
+        the last. Collective. A loss scale that overflows is no fault of a layer."""
+        if math.isfinite(result.loss) and self.plan.precision == "fp16":
+            return ""
+        if self.progress.skips_in_a_row not in (1, MOST_SKIPS):
+            return ""
+        found = first_bad_layer(self.engine, self.loader.window(step - 1), self.world)
+        words = found or "every layer's values are finite in the forward pass"
+        self.display.say(f"step {step}: the gradient is not finite: {words}")
+        return words
 
     def _evaluate(self, done: int) -> bool:
         """Evaluate, tell, and say whether the validation loss is the best so far."""

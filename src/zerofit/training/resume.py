@@ -22,8 +22,8 @@ MAY_CHANGE = (
     "eval_*", "log_*", "save_*", "keep_*", "sample_*",
     "global_batch", "micro_batch", "accumulation_steps",
     "strategy", "offload", "offload_parameters", "nvme_path", "zero.*", "fsdp.*", "loss_scale.*",
-    "num_gpus", "device", "precision", "gradient_dtype", "activation_checkpointing", "compile", "compile_mode",
-    "deterministic", "collective_timeout_seconds",
+    "num_gpus", "device", "precision", "gradient_dtype", "activation_checkpointing", "activation_offload",
+    "compile", "compile_mode", "deterministic", "collective_timeout_seconds",
 )  # fmt: skip
 
 

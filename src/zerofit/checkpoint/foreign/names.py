@@ -13,6 +13,8 @@ from pydantic import ValidationError
 
 from ...config.models import GPT2Config, ModelConfig
 from ...errors import CheckpointError
+from .mamba_names import MambaNames
+from .prefixes import strip_wrappers
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -59,14 +61,6 @@ class Architecture(Protocol):
 
     def huggingface_shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Canonical name -> canonical shape of what Hugging Face's model needs: no padded rows, every bias."""
-
-
-def strip_wrappers(name: str) -> str:
-    """A name without what DDP, ``torch.compile`` and FSDP put around modules."""
-    name = name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "").replace("_forward_module.", "")
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
 
 
 class GPT2Names:
@@ -177,9 +171,18 @@ class GPT2Names:
         return model.model_copy(update={"bias": True, "pad_vocab_to": 1}).parameter_shapes()
 
 
-ARCHITECTURES: Mapping[str, Architecture] = {"gpt2": GPT2Names()}
+ARCHITECTURES: Mapping[str, Architecture] = {"gpt2": GPT2Names(), "mamba": MambaNames()}
 
 
-def is_buffer(name: str) -> bool:
-    """True for a foreign tensor that is no parameter in any architecture: no optimizer has a state for it."""
-    return any(architecture.canonical(name) is None for architecture in ARCHITECTURES.values())
+def recognized(names: Collection[str]) -> Architecture | None:
+    """The architecture whose parameters these foreign names are, None when there is none."""
+    for architecture in ARCHITECTURES.values():
+        if architecture.recognizes({architecture.canonical(name) or "" for name in names}):
+            return architecture
+    return None
+
+
+def without_buffers(names: Collection[str]) -> list[str]:
+    """The foreign names that are parameters, in order: no optimizer has a state for a buffer."""
+    architecture = recognized(names)
+    return [name for name in names if architecture is None or architecture.canonical(name) is not None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...config.models import ModelConfig
 from ...errors import CheckpointError
 from .contents import MOMENTS, PARAMETER, ROLES, Contents
-from .names import ARCHITECTURES, Architecture
+from .names import ARCHITECTURES, Architecture, recognized
 from .sources import Rows, Source, Transposed, all_zero, equal
 
 #: What people round a vocabulary up to.
@@ -84,9 +84,9 @@ def resolve(contents: Contents, model: ModelConfig | None) -> Foreign:
 def _architecture(contents: Contents, model: ModelConfig | None) -> Architecture:
     if model is not None:
         return ARCHITECTURES[model.kind]
-    for architecture in ARCHITECTURES.values():
-        if architecture.recognizes({architecture.canonical(name) or "" for name in contents.tensors[PARAMETER]}):
-            return architecture
+    architecture = recognized(contents.tensors[PARAMETER])
+    if architecture is not None:
+        return architecture
     raise CheckpointError(
         f"{contents.folder} ({contents.what}) holds parameters of no architecture that zerofit knows "
         f"({', '.join(ARCHITECTURES)}): {listed(contents.tensors[PARAMETER])}. Name the model with --config or "
@@ -137,7 +137,7 @@ def _check_hidden_fields(
                 f"was asked for. The parameters' shapes are the same, and the outputs are not: set model.{name} "
                 f"{getattr(told, name)}."
             )
-    if told is None:
+    if told is None and architecture.hidden_fields:
         fields = ", ".join(f"{name} {getattr(model, name)}" for name in architecture.hidden_fields)
         contents.note(f"The source does not tell {fields}: taken from the configuration.")
 

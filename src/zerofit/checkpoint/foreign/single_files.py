@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError
 from .contents import PARAMETER, Contents
-from .names import is_buffer
+from .names import without_buffers
 from .optimizer_states import add_moments_in_order
 from .sources import FileSource
 from .torch_file import TorchFile
@@ -88,7 +88,7 @@ def _carry_script_state(contents: Contents, file: TorchFile, nested: str, parame
         contents.state["client_state"] = client
     optimizer = next((content[key] for key in content if _is_optimizer(key)), None)
     if isinstance(optimizer, Mapping) and optimizer.get("param_groups"):
-        trained = {name: tensor for name, tensor in parameters.items() if not is_buffer(name)}
+        trained = {name: parameters[name] for name in without_buffers(parameters)}
         add_moments_in_order(contents, file, trained, optimizer)
     found = bool(contents.tensors["exp_avg"])
     contents.note("It holds the optimizer's moments." if found else "It holds no moments that can be read.")

@@ -1,0 +1,71 @@
+"""Inputs of checkpointed blocks in host memory: the same gradients, and the memory that the planner says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from test_trace import peaks
+from zerofit.config.load import load_config
+from zerofit.config.models import GPT2Config, MambaConfig
+from zerofit.engines.common import keep_inputs_on_host
+from zerofit.errors import ConfigError
+from zerofit.models import model_spec
+from zerofit.models.base import named_unique_parameters
+from zerofit.planning.template import compose
+from zerofit.planning.trace import direct_events, trace_template
+
+MODELS: dict[str, Any] = {
+    "gpt2": GPT2Config(n_layer=6, n_head=2, n_embd=32, block_size=16, vocab_size=11),
+    "mamba": MambaConfig(n_layers=6, d_model=32, d_state=8, vocab_size=11, max_seq_length=16),
+}
+
+
+def built(model: Any, way: str, offloaded: bool) -> Any:
+    spec = model_spec(model.kind)
+    net = spec.build(model, checkpoint_every=1, recomputation=way)  # type: ignore[arg-type]
+    if offloaded:
+        keep_inputs_on_host(spec, net)
+    with torch.no_grad():
+        for name, parameter in named_unique_parameters(net).items():
+            parameter.copy_(spec.init(model, name, 1))
+    return net
+
+
+@pytest.mark.parametrize(("kind", "way"), [("gpt2", "full"), ("mamba", "full"), ("mamba", "selective")])
+def test_gradients_are_the_same(kind: str, way: str) -> None:
+    model = MODELS[kind]
+    tokens = torch.randint(0, 11, (2, 16), generator=torch.Generator().manual_seed(0))
+    plain, other = built(model, way, offloaded=False), built(model, way, offloaded=True)
+    offload = vars(model_spec(kind).blocks(other)[0])["input_offload"]
+    for _ in range(2):
+        for net in (plain, other):
+            loss = net(tokens, tokens)["loss"]
+            if net is other:
+                assert len(offload._kept) == 6
+            loss.backward()
+        assert not offload._kept
+    for one, two in zip(plain.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_traces_compose_and_hold_no_inputs(kind: str) -> None:
+    model, spec = MODELS[kind], model_spec(kind)
+    chosen: dict[str, Any] = {"precision": "bf16", "compiled": False, "device": "cuda"}
+    plain = trace_template(spec, model, recompute=None, **chosen)
+    saved = {}
+    for offloaded in (False, True):
+        other = trace_template(spec, model, recompute="full", offloaded=offloaded, **chosen)
+        whole = direct_events(spec, model, every=1, samples=3, offloaded=offloaded, **chosen)
+        assert peaks(compose(plain, other, 6, 1, 3)) == whole
+        saved[offloaded] = whole[0]
+    size = 3 * 16 * 32 * (4 if kind == "mamba" else 2)
+    assert saved[False] - saved[True] == 6 * size
+
+
+def test_it_wants_blocks_that_are_recomputed() -> None:
+    with pytest.raises(ConfigError, match="activation_offload cpu with activation_checkpointing none"):
+        load_config(None, "gpt2", [("activation_offload", "cpu"), ("activation_checkpointing", "none")])
