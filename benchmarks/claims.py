@@ -131,7 +131,7 @@ def disk() -> str:
 
 def xl_speed() -> str:
     """What a claimed step time would mean, and what the speed model expects there."""
-    flops = XL.flops_per_token()
+    flops = XL.flops_per_item()
     plan, hardware = (f(xl_row(1, 32, "v100-16", "fp16")) for f in (plan_of, hardware_of))
     predicted = predict_step(plan, rates(hardware, plan.precision))
     assert predicted is not None

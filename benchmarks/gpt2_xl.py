@@ -188,7 +188,7 @@ def run_ours(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
         return engine.train_step(window, 1e-4, index).read().loss
 
     tokens = plan.global_batch * model.block_size
-    return step, tokens, model_spec("gpt2").flops_per_token(model), plan.parameters
+    return step, tokens, model_spec("gpt2").flops_per_item(model), plan.parameters
 
 
 def run_peer(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[int], float], int, int, int]:
@@ -217,7 +217,7 @@ def run_peer(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
     from zerofit.models import model_spec
 
     tokens = micro_batch * args.gpus * ours.block_size
-    return step, tokens, model_spec("gpt2").flops_per_token(ours), ours.parameter_count()
+    return step, tokens, model_spec("gpt2").flops_per_item(ours), ours.parameter_count()
 
 
 def _peer_ddp(model: Any, case: dict[str, Any], rank: int, x: Any, y: Any) -> Callable[[int], float]:

@@ -53,8 +53,8 @@ def test_plan_tells_what_would_run() -> None:
 
 
 def test_mistakes_are_exceptions() -> None:
-    with pytest.raises(ConfigError, match="n_layers"):
-        zerofit.plan(model={"n_layers": 3})
+    with pytest.raises(ConfigError, match="n_layerz"):
+        zerofit.plan(model={"n_layerz": 3})
     with pytest.raises(CheckpointError, match="nothing at"):
         zerofit.load_model("runs/none")
     with pytest.raises(AttributeError, match="fly"):

@@ -83,7 +83,8 @@ def test_later_layers_win_and_every_value_knows_its_origin(write: Write) -> None
     assert resolved.origins["model.n_head"] == f"{source}:4"
     assert resolved.origins["model.n_embd"] == "preset gpt2"
     assert resolved.origins["model.bias"] == "default"
-    assert resolved.origins.keys() == keys().keys()
+    present = {name for name, key in keys().items() if not key.kinds or resolved.config.model.kind in key.kinds}
+    assert resolved.origins.keys() == present
 
 
 def test_a_preset_on_the_command_line_replaces_the_one_in_the_file(write: Write) -> None:
@@ -119,7 +120,7 @@ def test_a_dump_names_origins_and_loads_again_to_the_same_configuration(write: W
     assert load(source=write(dump), preset=None).config == resolved.config
     assert f"  n_layer: {resolved.config.model.n_layer}  # preset {preset}\n" in dump
     assert "seed: 1337  # default\n" in dump
-    assert dump.count("  # ") == len(keys())
+    assert dump.count("  # ") == len(resolved.origins)
 
 
 @given(TEXTS | st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none() | st.lists(TEXTS))
@@ -144,7 +145,7 @@ def test_any_text_is_taken_as_it_was_typed(text: str) -> None:
     [
         ("learning_rte", "optimizer.learning_rate"),
         ("optimiser.learning_rate", "optimizer.learning_rate"),
-        ("model.n_layers", "model.n_layer"),
+        ("model.n_layerz", "model.n_layer"),
         ("max_step", "max_steps"),
         ("global_batch_size", "global_batch"),
     ],
@@ -288,3 +289,27 @@ def test_rules_over_several_keys_speak_for_themselves(overrides: list[tuple[str,
 def test_every_key_documents_itself() -> None:
     undocumented = [key.name for key in keys().values() if not key.description and not key.name.endswith(".kind")]
     assert undocumented == []
+
+
+def test_the_kind_of_model_decides_its_keys(tmp_path: Path) -> None:
+    source = tmp_path / "run.yaml"
+    source.write_text("model:\n  d_model: 64\n  n_layers: 2\n  vocab_size: 65\ndata:\n  path: x\nmicro_batch: 1\n")
+    found = load_config(source, None)
+    assert found.config.model.kind == "mamba"  # the first kind that has all of the keys
+    assert "model.n_head" not in found.origins
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_resolved(found))
+    assert load_config(again, None).config == found.config
+
+
+def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "run.yaml"
+    source.write_text("model:\n  kind: mamba\n  n_head: 4\ndata:\n  path: x\n")
+    with pytest.raises(ConfigError, match=r"run.yaml:3: model.n_head is a setting of model.kind gpt2") as refused:
+        load_config(source, None)
+    assert "d_state" in str(refused.value)
+    with pytest.raises(ConfigError, match=r"model.kind was set to the text 'rwkv'"):
+        load_config(source, None, [("model.kind", "rwkv")])
+    source.write_text("model:\n  kind: mamba\n  d_state: 0\ndata:\n  path: x\n")
+    with pytest.raises(ConfigError, match=r"run.yaml:3: model.d_state was set to the number 0"):
+        load_config(source, None)

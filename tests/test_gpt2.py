@@ -101,7 +101,7 @@ def test_weight_decay_is_on_matrices_only() -> None:
 
 def test_flops_of_xl_per_token() -> None:
     xl = GPT2Config(n_layer=48, n_head=25, n_embd=1600, vocab_size=50257)
-    assert SPEC.flops_per_token(xl) == 6 * (1_557_611_200 - 1024 * 1600) + 12 * 48 * 1600 * 1024
+    assert SPEC.flops_per_item(xl) == 6 * (1_557_611_200 - 1024 * 1600) + 12 * 48 * 1600 * 1024
 
 
 def test_heads_must_divide_the_width() -> None:

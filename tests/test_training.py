@@ -16,10 +16,10 @@ from zerofit.config.models import GPT2Config
 from zerofit.config.schema import Config, DataConfig, LossScaleConfig, OptimizerConfig, ScheduleConfig
 from zerofit.engines.loss_scale import LossScaler
 from zerofit.planning.plan import Plan
+from zerofit.tasks.sampling import generate
 from zerofit.training import checkpoints
 from zerofit.training.events import EventLog, read_events
 from zerofit.training.progress import SilentDisplay
-from zerofit.training.sampling import generate
 from zerofit.training.schedule import learning_rate
 from zerofit.training.state import Progress
 from zerofit.types import SAVE, Batch, World

@@ -56,9 +56,9 @@ def plan(config: str | Path | None = None, *, preset: str | None = None, **setti
     """
     from .planning.choose import choose
     from .planning.hardware import probe
-    from .training.start import with_vocabulary
+    from .training.start import with_model_of_data
 
-    return choose(with_vocabulary(_resolve(config, preset, settings)).config, probe())
+    return choose(with_model_of_data(_resolve(config, preset, settings)).config, probe())
 
 
 def train(

@@ -155,7 +155,11 @@ def _write_tokenizer(job: Job, folder: Path) -> str:
         return "No tokenizer was written: tiktoken's cache does not hold gpt2's files; use transformers' own `gpt2`."
     for name, content in found.items():
         write_bytes(folder / name, content or b"")
-    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": job.model.block_size, "add_prefix_space": False}
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": job.model.sequence_length,
+        "add_prefix_space": False,
+    }
     end = "<|endoftext|>"
     write_json(folder / "tokenizer_config.json", settings | dict.fromkeys(("bos_token", "eos_token", "unk_token"), end))
     return "GPT-2's tokenizer was written."

@@ -52,7 +52,7 @@ def model_config(source: Source) -> ModelConfig:
         raise CheckpointError(
             f"{source.folder} does not tell the shape of its model. Name a configuration with the model section."
         )
-    config: ModelConfig = TypeAdapter(ModelConfig).validate_python(found)
+    config: ModelConfig = TypeAdapter[ModelConfig](ModelConfig).validate_python(found)
     return config
 
 

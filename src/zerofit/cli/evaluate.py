@@ -24,7 +24,7 @@ def evaluate(
     from ..data.loader import Share, evaluation_window
     from ..data.tokens import SPLITS, check_data, open_split
     from ..engines.common import evaluate_window
-    from ..tasks.language_modeling import metrics
+    from ..tasks import task_of
     from ..types import World
     from .saved_run import data_folder, open_run
 
@@ -38,6 +38,6 @@ def evaluate(
     for split in SPLITS:
         dataset = open_split(folder, split, config, seed=0)
         window = evaluation_window(dataset, share, batches or -(-dataset.blocks // micro_batch))
-        for name, value in metrics(evaluate_window(model, window, World(0, 1, 0, device))).items():
+        for name, value in task_of(config).metrics(evaluate_window(model, window, World(0, 1, 0, device))).items():
             found[f"{split}_{name}"] = value
     print(json.dumps(found) if as_json else "\n".join(f"{name}: {value:.6g}" for name, value in found.items()))

@@ -28,7 +28,7 @@ def generate(
 
     from ..checkpoint.model import load_model
     from ..data.tokenizers import load_tokenizer
-    from ..training.sampling import generate as continue_text
+    from ..tasks.sampling import generate as continue_text
     from .saved_run import data_folder, open_run
 
     saved = open_run(run, checkpoint)
@@ -47,7 +47,7 @@ def generate(
             lambda tensor: model(tensor.to(device)),
             ids,
             tokens,
-            block_size=config.block_size,
+            block_size=config.sequence_length,
             temperature=temperature,
             top_k=top_k,
             seed=seed + number,

@@ -80,7 +80,7 @@ def with_vocabulary(resolved: ResolvedConfig) -> Config:
     from ..training import start
 
     try:
-        return start.with_vocabulary(resolved).config
+        return start.with_model_of_data(resolved).config
     except DataError as error:
         config = resolved.config
         if config.data.prepare and config.data.tokenizer == "gpt2":

@@ -48,5 +48,5 @@ def _parameters(config: Config) -> str:
     model = config.model
     if model.vocab_size is not None:
         return f"{model.parameter_count():,}"
-    without_vocabulary = model.model_copy(update={"vocab_size": 0}).parameter_count()
-    return f"{without_vocabulary:,} + {model.n_embd} a token"
+    none, one = (model.model_copy(update={"vocab_size": n, "pad_vocab_to": 1}).parameter_count() for n in (0, 1))
+    return f"{none:,} + {one - none} a token"

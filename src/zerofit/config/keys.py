@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -38,6 +38,7 @@ class Key:
         description: the field's docstring.
         default: in effect when nothing sets it; ``PydanticUndefined`` for what a run cannot do without.
         types: the plain types it takes, `NoneType` among them when it may be unset.
+        kinds: values of its section's ``kind`` that have it; empty where the section has only one kind.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Key:
     description: str
     default: object
     types: frozenset[type]
+    kinds: frozenset[str] = frozenset()
 
     @property
     def leaf(self) -> str:
@@ -78,10 +80,17 @@ def keys() -> Mapping[str, Key]:
 def sections() -> Mapping[str, str]:
     """Name -> one-line description of the configuration's sections."""
     return {
-        name: (field.annotation.__doc__ or "").partition("\n")[0]
+        name: " ".join((member.__doc__ or "").partition("\n")[0] for member in members)
         for name, field in Config.model_fields.items()
-        if _is_section(field.annotation)
+        if (members := _members(field.annotation))
     }
+
+
+@cache
+def kinds(section: str) -> Mapping[str, frozenset[str]]:
+    """Kind -> leaf names of its settings, for a section that is a choice between kinds; else empty."""
+    members = _members(Config.model_fields[section].annotation) if section in Config.model_fields else ()
+    return {_kind_of(member): frozenset(member.model_fields) for member in members} if len(members) > 1 else {}
 
 
 def find_key(spelled: str, where: str) -> Key:
@@ -126,15 +135,36 @@ def _suggestion(name: str) -> str:
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[Key]:
     for name, field in model.model_fields.items():
-        if _is_section(field.annotation):
-            yield from _walk(field.annotation, f"{prefix}{name}.")
+        members = _members(field.annotation)
+        if len(members) > 1:
+            yield from _merged(members, f"{prefix}{name}.")
+        elif members:
+            yield from _walk(members[0], f"{prefix}{name}.")
         else:
             words, types = _describe(field.annotation, field.metadata)
             yield Key(prefix + name, _either(words), field.description or "", field.default, types)
 
 
-def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _members(annotation: Any) -> tuple[type[BaseModel], ...]:
+    """The kinds of a section; one for a plain section, none for a setting."""
+    alternatives = get_args(annotation) or (annotation,)
+    members = tuple(get_args(part)[0] if get_origin(part) is Annotated else part for part in alternatives)
+    return members if all(isinstance(m, type) and issubclass(m, BaseModel) for m in members) else ()
+
+
+def _kind_of(member: type[BaseModel]) -> str:
+    return str(member.model_fields["kind"].default)
+
+
+def _merged(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Key]:
+    """The settings of all kinds; one that several have is described as the first has it."""
+    found: dict[str, Key] = {}
+    for member in members:
+        for key in _walk(member, prefix):
+            before = found.get(key.name, key)
+            rule = _either([_kind_of(m) for m in members]) if key.leaf == "kind" else before.rule
+            found[key.name] = replace(before, rule=rule, kinds=before.kinds | {_kind_of(member)})
+    yield from found.values()
 
 
 def _describe(annotation: Any, metadata: Sequence[object] = ()) -> tuple[list[str], frozenset[type]]:

@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from ..errors import ConfigError
 from .documents import Entry, describe_value, read_entries, read_scalar, read_text, write_value
-from .keys import Key, find_key, keys, sections
+from .keys import Key, find_key, keys, kinds, sections
 from .presets import preset_text
 from .schema import Config
 
@@ -54,7 +54,14 @@ def load_config(source: Path | None, preset: str | None, overrides: Sequence[tup
     for layer in layers:
         settings |= {entry.name: entry for entry in layer}
     config = _validate(settings)
-    return ResolvedConfig(config, {name: settings[name].origin if name in settings else DEFAULT for name in keys()})
+    present = [key for key in keys().values() if not key.kinds or _kind_in(config, key) in key.kinds]
+    origins = {key.name: settings[key.name].origin if key.name in settings else DEFAULT for key in present}
+    return ResolvedConfig(config, origins)
+
+
+def _kind_in(config: Config, key: Key) -> str:
+    kind: str = getattr(config, key.name.partition(".")[0]).kind
+    return kind
 
 
 def dump_resolved(resolved: ResolvedConfig) -> str:
@@ -63,7 +70,7 @@ def dump_resolved(resolved: ResolvedConfig) -> str:
     lines = ["# Every value of this run, and where it came from."]
     section = ""
     # Keys outside any section first: after a section's heading, YAML would take them for its own by eye.
-    for name in sorted(keys(), key=lambda name: "." in name):
+    for name in sorted(resolved.origins, key=lambda name: "." in name):
         outer, _, leaf = name.rpartition(".")
         if outer != section:
             section = outer
@@ -136,10 +143,41 @@ def _validate(settings: dict[str, Entry]) -> Config:
         # pydantic takes true for 1; nobody who writes it means that.
         if isinstance(entry.value, bool) and not keys()[entry.name].is_boolean:
             raise _wrong_value(keys()[entry.name], entry)
+    settings = _with_kinds(settings)
     try:
         return Config.model_validate(_nested(settings))
     except ValidationError as error:
         raise _in_words(error, settings) from error
+
+
+def _with_kinds(settings: dict[str, Entry]) -> dict[str, Entry]:
+    """The settings with the kind of every section that has several: its own, or the first that has all its keys.
+
+    Raises:
+        ConfigError: a key of another kind.
+    """
+    for section in sections():
+        known, name = kinds(section), f"{section}.kind"
+        given = {
+            entry.name.rpartition(".")[2]: entry for entry in settings.values() if entry.name.startswith(f"{section}.")
+        }
+        if not known or not given:
+            continue
+        if name not in settings:
+            fitting = [kind for kind, leaves in known.items() if given.keys() <= leaves]
+            settings = {**settings, name: Entry(name, (fitting or list(known))[0], DEFAULT)}
+        kind = settings[name].value
+        if kind not in known:
+            raise _wrong_value(keys()[name], settings[name])
+        for leaf, entry in given.items():
+            if leaf not in known[str(kind)]:
+                owners = " and ".join(sorted(keys()[entry.name].kinds))
+                raise ConfigError(
+                    f"{entry.origin}: {entry.name} is a setting of {section}.kind {owners}, and {section}.kind is "
+                    f"{kind} ({settings[name].origin}). Take it out, or set {section}.kind {owners}; the keys of "
+                    f"{kind} are {', '.join(sorted(known[str(kind)] - {'kind'}))}."
+                )
+    return settings
 
 
 def _nested(settings: dict[str, Entry]) -> dict[str, Any]:
@@ -154,6 +192,8 @@ def _in_words(error: ValidationError, settings: dict[str, Entry]) -> ConfigError
     """pydantic's first complaint as one paragraph. A model validator's message is one already."""
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
+    if len(path) > 1 and path[1] in kinds(path[0]):
+        del path[1]
     if first["type"] == "missing":
         return _missing(".".join(path))
     key = keys().get(".".join(path[:2])) or keys().get(".".join(path[:1]))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class Section(BaseModel):
@@ -16,8 +16,90 @@ class Section(BaseModel):
     )
 
 
-class GPT2Config(Section):
+class ModelShape(Section):
+    """What every architecture's configuration tells, whatever it computes."""
+
+    task: ClassVar[str]
+    """Key of `zerofit.tasks.TASKS`: what the model is trained for."""
+    depth_key: ClassVar[str]
+    """The setting that counts the blocks."""
+
+    kind: Any
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every parameter, in the order in which the model registers them."""
+        raise NotImplementedError
+
+    def flops_per_item(self) -> int:
+        """Of forward and backward for one trained item (a token, a picture); a multiplication and its addition count
+        as two."""
+        raise NotImplementedError
+
+    @property
+    def items_per_sample(self) -> int:
+        """Tokens of a sample; 1 where a sample is one item."""
+        return 1
+
+    def parameter_count(self) -> int:
+        """Distinct parameters (a tied head counts once), padding rows included."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+    @property
+    def depth(self) -> int:
+        """Blocks."""
+        depth: int = getattr(self, self.depth_key)
+        return depth
+
+    def with_depth(self, depth: int) -> Self:
+        """The same with another number of blocks."""
+        return self.model_copy(update={self.depth_key: depth})
+
+
+class LanguageModelShape(ModelShape):
+    """A model of token sequences."""
+
+    task: ClassVar[str] = "language_modeling"
+
+    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    """Tokens in the vocabulary; unset takes it from the prepared data."""
+    pad_vocab_to: Annotated[int, Field(ge=1)] = 1
+    """Round the embedding table up to a multiple of this (64 suits GPUs). Padding never enters the loss."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table.
+
+        Raises:
+            ValueError: the vocabulary is still open.
+        """
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not set: prepare the data first, or set model.vocab_size")
+        return math.ceil(self.vocab_size / self.pad_vocab_to) * self.pad_vocab_to
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a training sample."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream."""
+        raise NotImplementedError
+
+    @property
+    def saved_elements_per_token(self) -> int:
+        """What a block keeps of a token for its backward pass, in elements; for the coarse estimate alone."""
+        raise NotImplementedError
+
+    @property
+    def items_per_sample(self) -> int:
+        return self.sequence_length
+
+
+class GPT2Config(LanguageModelShape):
     """GPT-2 (Radford et al. 2019): pre-norm Transformer decoder with learned positions and a tied head."""
+
+    depth_key: ClassVar[str] = "n_layer"
 
     kind: Literal["gpt2"] = "gpt2"
     n_layer: Annotated[int, Field(ge=1)] = 12
@@ -28,10 +110,6 @@ class GPT2Config(Section):
     """Width of the residual stream."""
     block_size: Annotated[int, Field(ge=1)] = 1024
     """Longest sequence, in tokens; also the length of a training sample."""
-    vocab_size: Annotated[int, Field(ge=1)] | None = None
-    """Tokens in the vocabulary; unset takes it from the prepared data."""
-    pad_vocab_to: Annotated[int, Field(ge=1)] = 1
-    """Round the embedding table up to a multiple of this (64 suits GPUs). Padding never enters the loss."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout after embeddings, attention and each residual projection; 0 for pretraining."""
     bias: bool = True
@@ -47,18 +125,20 @@ class GPT2Config(Section):
         return self
 
     @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding table.
+    def sequence_length(self) -> int:
+        return self.block_size
 
-        Raises:
-            ValueError: the vocabulary is still open.
-        """
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not set: prepare the data first, or set model.vocab_size")
-        return math.ceil(self.vocab_size / self.pad_vocab_to) * self.pad_vocab_to
+    @property
+    def width(self) -> int:
+        return self.n_embd
+
+    @property
+    def saved_elements_per_token(self) -> int:
+        """Two norms' inputs and outputs 4 C, q k v 3, attention output 1, MLP hidden before and after GELU 8,
+        residual 1."""
+        return 17 * self.n_embd
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of every parameter, in the order in which the model registers them."""
         width, hidden = self.n_embd, 4 * self.n_embd
         shapes: dict[str, tuple[int, ...]] = {
             "wte.weight": (self.padded_vocab_size, width),
@@ -80,18 +160,85 @@ class GPT2Config(Section):
         add("ln_f", width)
         return shapes
 
-    def parameter_count(self) -> int:
-        """Distinct parameters (the tied head counts once), padding rows included."""
-        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
-
-    def flops_per_token(self) -> int:
-        """Of forward and backward for one trained token; a multiplication and its addition count as two.
-
-        6 per parameter that multiplies (positions do not) + 12 L C T for attention (PaLM paper, appendix B).
-        """
+    def flops_per_item(self) -> int:
+        """6 per parameter that multiplies (positions do not) + 12 L C T for attention (PaLM paper, appendix B)."""
         multiplying = self.parameter_count() - self.block_size * self.n_embd
         return 6 * multiplying + 12 * self.n_layer * self.n_embd * self.block_size
 
 
-#: The union grows with each architecture: ``GPT2Config | MambaConfig``, discriminated by ``kind``.
-ModelConfig = GPT2Config
+class MambaConfig(LanguageModelShape):
+    """Mamba-1 (Gu & Dao 2023): pre-norm residual blocks with a selective state space, and a tied head."""
+
+    depth_key: ClassVar[str] = "n_layers"
+
+    kind: Literal["mamba"] = "mamba"
+    n_layers: Annotated[int, Field(ge=1)] = 24
+    """Blocks."""
+    d_model: Annotated[int, Field(ge=1)] = 768
+    """Width of the residual stream."""
+    d_state: Annotated[int, Field(ge=1)] = 16
+    """States of each channel; the GPU kernel takes 8 to 64."""
+    d_conv: Annotated[int, Field(ge=1)] = 4
+    """Width of the causal convolution, in tokens."""
+    expand: Annotated[int, Field(ge=1)] = 2
+    """The blocks' inner width is this times ``d_model``."""
+    dt_rank: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Rank of the projection to the step size; ``auto``: d_model / 16, rounded up."""
+    max_seq_length: Annotated[int, Field(ge=1)] = 2048
+    """Length of a training sample, in tokens. No parameter depends on it."""
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of a block's inner part."""
+        return self.expand * self.d_model
+
+    @property
+    def step_rank(self) -> int:
+        """`dt_rank` as a number."""
+        return math.ceil(self.d_model / 16) if self.dt_rank == "auto" else self.dt_rank
+
+    @property
+    def sequence_length(self) -> int:
+        return self.max_seq_length
+
+    @property
+    def width(self) -> int:
+        return self.d_model
+
+    @property
+    def saved_elements_per_token(self) -> int:
+        """The norm's input and output 2 C; both halves of the projection, convolution, step, scan's states and output
+        6 of the inner width; step rank and B, C."""
+        return 2 * self.d_model + 6 * self.d_inner + self.step_rank + 2 * self.d_state
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        width, inner, states, rank = self.d_model, self.d_inner, self.d_state, self.step_rank
+        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.padded_vocab_size, width)}
+        for layer in range(self.n_layers):
+            block = f"layers.{layer}"
+            shapes[f"{block}.norm.weight"] = (width,)
+            shapes[f"{block}.mixer.A_log"] = (inner, states)
+            shapes[f"{block}.mixer.D"] = (inner,)
+            shapes[f"{block}.mixer.in_proj.weight"] = (2 * inner, width)
+            shapes[f"{block}.mixer.conv1d.weight"] = (inner, 1, self.d_conv)
+            shapes[f"{block}.mixer.conv1d.bias"] = (inner,)
+            shapes[f"{block}.mixer.x_proj.weight"] = (rank + 2 * states, inner)
+            shapes[f"{block}.mixer.dt_proj.weight"] = (inner, rank)
+            shapes[f"{block}.mixer.dt_proj.bias"] = (inner,)
+            shapes[f"{block}.mixer.out_proj.weight"] = (width, inner)
+        shapes["norm_f.weight"] = (width,)
+        return shapes
+
+    def flops_per_item(self) -> int:
+        """6 per parameter of the matrices and the head. The scan is no matrix product and is left out."""
+        per_block = 3 * self.d_inner * self.d_model + self.d_inner * (2 * self.step_rank + 2 * self.d_state)
+        return 6 * (self.n_layers * per_block + self.padded_vocab_size * self.d_model)
+
+
+def _kind(shape: Any) -> str:
+    """Files from before there were several architectures name none: they mean GPT-2."""
+    return str(shape.get("kind", "gpt2") if isinstance(shape, dict) else shape.kind)
+
+
+#: One of the architectures, told apart by ``kind``.
+ModelConfig = Annotated[Annotated[GPT2Config, Tag("gpt2")] | Annotated[MambaConfig, Tag("mamba")], Discriminator(_kind)]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config.models import GPT2Config
+from ..config.models import LanguageModelShape
 from ..errors import DataError
 from .order import Indices, epoch_shift, permute
 
@@ -74,7 +74,7 @@ def largest_token(tokens: NDArray[Any]) -> int:
     return max(int(tokens[i : i + SCAN_TOKENS].max()) for i in range(0, len(tokens), SCAN_TOKENS))
 
 
-def check_data(folder: Path, model: GPT2Config) -> None:
+def check_data(folder: Path, model: LanguageModelShape) -> None:
     """Check both splits against the model before anything starts.
 
     Raises:
@@ -84,10 +84,11 @@ def check_data(folder: Path, model: GPT2Config) -> None:
     assert vocab_size is not None
     for split in SPLITS:
         tokens = open_tokens(folder, split)
-        if len(tokens) <= model.block_size:
+        if len(tokens) <= model.sequence_length:
             raise DataError(
-                f"{folder / split}.bin has {len(tokens)} tokens, and one block needs {model.block_size} and a target. "
-                f"Use a smaller model.block_size, or more text."
+                f"{folder / split}.bin has {len(tokens)} tokens, and one sample needs "
+                f"{model.sequence_length} and a target. Use a shorter sequence (model.block_size, "
+                f"model.max_seq_length), or more text."
             )
         largest = largest_token(tokens)
         if largest >= vocab_size:
@@ -144,6 +145,6 @@ class TokenDataset:
         return out
 
 
-def open_split(folder: Path, split: str, model: GPT2Config, seed: int) -> TokenDataset:
+def open_split(folder: Path, split: str, model: LanguageModelShape, seed: int) -> TokenDataset:
     """A split as samples of the model's block size."""
-    return TokenDataset(open_tokens(folder, split), model.block_size, seed)
+    return TokenDataset(open_tokens(folder, split), model.sequence_length, seed)

@@ -2,7 +2,7 @@
 
     python -m zerofit.launch.memory_trial PLAN.json
 
-Weights, engine, optimizer and collectives are those of a run; the tokens are random, for memory does not read them.
+Weights, engine, optimizer and collectives are those of a run; the inputs are random, for memory does not read them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.model import initial_reader
-from ..data.loader import collate
 from ..engines.build import build
 from ..engines.world import launcher_store, open_world
 from ..models import model_spec
 from ..planning.plan import Plan
+from ..tasks import task_of
 from ..types import Batch, World
 from .trials import write_result
 
@@ -47,13 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def random_window(plan: Plan, world: World) -> list[Batch]:
-    """The batches of one step, of random tokens."""
+    """The batches of one step, random."""
     generator = torch.Generator().manual_seed(plan.seed + world.rank)
-    vocabulary = plan.model.vocab_size or plan.model.padded_vocab_size
-    size = (plan.micro_batch, plan.model.block_size + 1)
-    return [
-        collate(torch.randint(0, vocabulary, size, generator=generator).numpy()) for _ in range(plan.accumulation_steps)
-    ]
+    task = task_of(plan.model)
+    return [task.random_batch(plan.model, plan.micro_batch, generator) for _ in range(plan.accumulation_steps)]
 
 
 def measured_bytes(world: World) -> dict[str, int | None]:

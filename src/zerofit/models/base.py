@@ -42,7 +42,7 @@ class ModelSpec(Protocol[Config_contra]):
     def decays(self, config: Config_contra, name: str) -> bool:
         """True when weight decay applies to parameter `name`."""
 
-    def flops_per_token(self, config: Config_contra) -> int:
+    def flops_per_item(self, config: Config_contra) -> int:
         """Model FLOPs (multiply and add count as two) of forward and backward for one trained token."""
 
 

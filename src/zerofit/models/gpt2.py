@@ -148,8 +148,8 @@ class GPT2Spec:
     def decays(self, config: GPT2Config, name: str) -> bool:
         return len(config.parameter_shapes()[name]) >= 2
 
-    def flops_per_token(self, config: GPT2Config) -> int:
-        return config.flops_per_token()
+    def flops_per_item(self, config: GPT2Config) -> int:
+        return config.flops_per_item()
 
 
 SPEC = GPT2Spec()

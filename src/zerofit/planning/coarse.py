@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from .plan import Plan
 
 MIB = 1024**2
-#: Saved for the backward pass per token, layer and channel of a GPT-2 block with fused attention, in elements:
-#: two norms' inputs and outputs 4, q k v 3, attention output 1, MLP hidden before and after GELU 8, residual 1.
-BLOCK_ELEMENTS_PER_CHANNEL = 17
 
 
 def coarse_items(plan: Plan, states: Mapping[str, int]) -> dict[str, int]:
@@ -45,17 +42,17 @@ def _gradient_bytes(plan: Plan, h: int) -> int:
 
 def _activation_bytes(plan: Plan, h: int) -> int:
     model = plan.model
-    tokens = plan.micro_batch * model.block_size
-    block = BLOCK_ELEMENTS_PER_CHANNEL * model.n_embd * tokens * h
-    boundary = model.n_embd * tokens * h
+    tokens = plan.micro_batch * model.sequence_length
+    block = model.saved_elements_per_token * tokens * h
+    boundary = model.width * tokens * h
     every = plan.activation_checkpointing_every
     if not every:
-        return model.n_layer * block
-    checkpointed = math.ceil(model.n_layer / every)
+        return model.depth * block
+    checkpointed = math.ceil(model.depth / every)
     # One checkpointed block at a time is alive again while it is recomputed.
-    return (model.n_layer - checkpointed) * block + checkpointed * boundary + block
+    return (model.depth - checkpointed) * block + checkpointed * boundary + block
 
 
 def _logit_bytes(plan: Plan, h: int) -> int:
     """Logits in the compute type and in fp32, and the fp32 gradient of the softmax."""
-    return plan.micro_batch * plan.model.block_size * plan.model.padded_vocab_size * (h + 4 + 4)
+    return plan.micro_batch * plan.model.sequence_length * plan.model.padded_vocab_size * (h + 4 + 4)

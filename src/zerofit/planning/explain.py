@@ -89,7 +89,7 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
     run = f", about {format_seconds(config.max_steps * chosen.step.step_seconds)}" if chosen.step else ""
     _say(
         console,
-        f"Batch: {choice.split.equation()}; {plan.global_batch * plan.model.block_size:,} tokens a step, "
+        f"Batch: {choice.split.equation()}; {plan.global_batch * plan.model.items_per_sample:,} tokens a step, "
         f"{config.max_steps:,} steps{run}.",
     )
     if chosen.disk_bytes:
@@ -234,7 +234,7 @@ def choice_json(choice: Choice, config: Config) -> dict[str, Any]:
         "model": {
             "kind": plan.model.kind,
             "parameters": plan.parameters,
-            "flops_per_token": plan.model.flops_per_token(),
+            "flops_per_token": plan.model.flops_per_item(),
         },
         "hardware": hardware_json(choice),
         "goal": choice.goal,

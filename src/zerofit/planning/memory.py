@@ -160,7 +160,7 @@ def _micro_step(plan: Plan) -> tuple[list[StepEvent], list[int]]:
     every = plan.activation_checkpointing_every
     plain = store.template(plan, recompute=False)
     recomputed = store.template(plan, recompute=True) if every else None
-    depth = getattr(plan.model, "n_layer", plain.depth)
+    depth = plan.model.depth
     events = list(compose(plain, recomputed, depth, every, plan.micro_batch))
     return events, [slope * plan.micro_batch + offset for slope, offset in plain.inputs]
 

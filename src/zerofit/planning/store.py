@@ -58,10 +58,8 @@ class TraceKey:
 
 def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
     """The trace that a plan needs for one kind of its blocks."""
-    model = plan.model.model_dump(mode="json")
-    if model.get("n_layer", 0) > TRACED_DEPTH:
-        model["n_layer"] = TRACED_DEPTH
-    return TraceKey(model, 2 if plan.mixed else 4, recompute, plan.compile, plan.device)
+    shallow = plan.model.with_depth(min(plan.model.depth, TRACED_DEPTH))
+    return TraceKey(shallow.model_dump(mode="json"), 2 if plan.mixed else 4, recompute, plan.compile, plan.device)
 
 
 def template(plan: Plan, *, recompute: bool) -> Template:

@@ -76,10 +76,8 @@ def trace_template(
 
 
 def shallow(config: Any, depth: int) -> Any:
-    """The same architecture with at most `depth` blocks, where the config counts them in ``n_layer``."""
-    if getattr(config, "n_layer", 0) > depth:
-        return config.model_copy(update={"n_layer": depth})
-    return config
+    """The same architecture with at most `depth` blocks."""
+    return config.with_depth(depth) if config.depth > depth else config
 
 
 def direct_events(

@@ -73,5 +73,5 @@ def _gpt2(model: GPT2Config) -> Work:
         tensors=len(model.parameter_shapes()),
         modules=GPT2_BLOCK_MODULES * model.n_layer + 3,
         sample_tokens=length,
-        step_flops=model.flops_per_token(),
+        step_flops=model.flops_per_item(),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..engines.base import Engine
-from ..tasks.language_modeling import metrics
+from ..tasks.base import Task
 from ..types import Batch
 
 
@@ -13,11 +13,12 @@ class Evaluator:
     """Losses of the train and validation splits over fixed samples.
 
     Args:
+        task: tells what loss sums mean.
         windows: split name -> this rank's batches; equally many on every rank.
     """
 
-    def __init__(self, windows: Mapping[str, Sequence[Batch]]) -> None:
-        self.windows = windows
+    def __init__(self, task: Task, windows: Mapping[str, Sequence[Batch]]) -> None:
+        self.task, self.windows = task, windows
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """``train_loss``, ``val_loss``, ``val_perplexity`` …: means over all ranks' valid items. Collective.
@@ -26,6 +27,6 @@ class Evaluator:
         """
         found: dict[str, float] = {}
         for split, window in self.windows.items():
-            for name, value in metrics(engine.eval_step(window)).items():
+            for name, value in self.task.metrics(engine.eval_step(window)).items():
                 found[f"{split}_{name}"] = value
         return found

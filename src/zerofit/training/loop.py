@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from ..config.schema import Config
-from ..data.loader import TrainLoader
 from ..engines.base import Engine
 from ..errors import Interrupted, TrainingFailed
 from ..models.base import ModelSpec
 from ..planning.gpus import match_name
 from ..planning.plan import Plan
+from ..tasks.base import Loader
 from ..types import SAVE, STOP, PendingStep, World
 from .checkpoints import FINAL_PATIENCE_SECONDS, Checkpoints
 from .evaluate import Evaluator
@@ -38,7 +38,7 @@ class Trainer:
         plan: Plan,
         spec: ModelSpec[Any],
         engine: Engine,
-        loader: TrainLoader,
+        loader: Loader,
         evaluator: Evaluator,
         world: World,
         checkpoints: Checkpoints,
@@ -51,7 +51,7 @@ class Trainer:
         self.evaluator, self.world, self.display, self.events = evaluator, world, display, events
         self.stop, self.progress = stop, progress
         self.checkpoints = checkpoints
-        self.flops_per_token = spec.flops_per_token(plan.model)
+        self.flops_per_item = spec.flops_per_item(plan.model)
         self.peak_flops = _peak_flops(world, plan)
         self.scorecard = Scorecard(plan, world)
         self.mark = time.perf_counter()
@@ -140,7 +140,7 @@ class Trainer:
     def _mfu(self, tokens_per_second: float) -> float | None:
         if self.peak_flops is None:
             return None
-        return tokens_per_second * self.flops_per_token / (self.peak_flops * self.world.world_size)
+        return tokens_per_second * self.flops_per_item / (self.peak_flops * self.world.world_size)
 
     def _watch(self, step: int, skipped: bool) -> None:
         """Count skipped steps; the same on every rank, so that all give up together."""

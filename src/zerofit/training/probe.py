@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from ..checkpoint.manifest import PROBE
 from ..engines.base import Engine
-from ..tasks.language_modeling import batch_of
+from ..tasks.base import Task
 from ..types import Batch
 
 #: Relative difference of the probe's loss that rounding explains, by precision.
@@ -21,12 +21,12 @@ def probe_loss(engine: Engine, probe: Batch) -> float:
     return engine.eval_step([probe], compiled=False)["loss"].mean
 
 
-def stored_probe(folder: Path) -> Batch | None:
+def stored_probe(folder: Path, task: Task) -> Batch | None:
     """The probe of a checkpoint; None when it has none."""
     path = folder / PROBE
     if not path.is_file():
         return None
-    return batch_of(load_file(path))
+    return task.batch_of(load_file(path))
 
 
 def differs(saved: float, now: float, precision: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 
-from torch import Tensor
 from torch.distributed import Store
 
 from ..checkpoint.model import initial_reader, parameters_only
@@ -14,24 +13,20 @@ from ..checkpoint.saver import Saver
 from ..checkpoint.source import Source, open_source
 from ..checkpoint.store import open_checkpoint
 from ..config.load import load_config
-from ..config.schema import Config
-from ..data.loader import Share, TrainLoader, collate, evaluation_window
-from ..data.tokenizers import load_tokenizer
-from ..data.tokens import SPLITS, fingerprint, open_split
+from ..data.loader import Share
 from ..engines.base import Engine
 from ..engines.build import build
 from ..engines.world import open_world
 from ..models import model_spec
 from ..planning.plan import Plan
-from ..tasks.language_modeling import probe_of
-from ..types import Batch, World
+from ..tasks import task_of
+from ..types import Batch
 from .checkpoints import Checkpoints
 from .evaluate import Evaluator
 from .events import EventLog
 from .loop import Trainer
 from .probe import differs, probe_loss, stored_probe
 from .progress import Display, open_display
-from .sampling import generate
 from .signals import stop_requests
 from .start import PreparedRun, checkpoint_bytes
 from .state import Progress
@@ -44,15 +39,14 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
     with ExitStack() as cleanup:
         world = cleanup.enter_context(open_world(plan, store))
         stop = cleanup.enter_context(stop_requests())
-        spec = model_spec(plan.model.kind)
+        spec, task = model_spec(plan.model.kind), task_of(plan.model)
         engine = build(plan, spec, world)
         cleanup.callback(engine.close)
         progress, source = load_weights(engine, prepared)
         share = Share(plan.micro_batch, plan.accumulation_steps, world.rank, world.world_size)
-        splits = {split: open_split(config.data.path, split, plan.model, config.seed) for split in SPLITS}
-        loader = TrainLoader(splits["train"], share, pin_memory=plan.device == "cuda")
-        cleanup.callback(loader.close)
-        evaluator = Evaluator({s: list(evaluation_window(d, share, config.eval_batches)) for s, d in splits.items()})
+        feed = task.open(config, plan.model, share, pin_memory=plan.device == "cuda")
+        cleanup.callback(feed.train.close)
+        evaluator = Evaluator(task, feed.evaluation)
         events = EventLog(run / "events.jsonl", world.is_main)
         cleanup.callback(events.close)
         display = open_display(world.is_main, config.max_steps, progress.step, config.log_interval)
@@ -67,15 +61,14 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
             patience_seconds=config.collective_timeout_seconds,
         )
         cleanup.callback(saver.close)
-        probe = probe_of(collate(splits["val"].window(splits["val"].spread_starts(1))).inputs)
-        data = fingerprint(config.data.path)
-        checkpoints = Checkpoints(saver, engine, config, plan, world, data, probe, events, display)
+        data = task.fingerprint(config)
+        checkpoints = Checkpoints(saver, engine, config, plan, world, data, feed.probe, events, display)
         Trainer(
-            config, plan, spec, engine, loader, evaluator, world, checkpoints, display, events, stop, progress
+            config, plan, spec, engine, feed.train, evaluator, world, checkpoints, display, events, stop, progress
         ).train()
-        sample = sample_text(config, plan, engine, world)
-        if sample:
-            display.say(f"Sample:\n{sample}")
+        words = task.closing_words(config, plan.model, lambda inputs: engine.predict(Batch({"tokens": inputs}, 1)))
+        if words:
+            display.say(words)
         display.say(f"Run folder: {run}")
 
 
@@ -117,7 +110,7 @@ def tell_start(engine: Engine, source: Source | None, plan: Plan, events: EventL
     """Say what the run goes on from, with the loss of the probe when it was saved and now. Collective."""
     if source is None:
         return
-    before, probe = source.state.get("probe_loss"), stored_probe(source.folder)
+    before, probe = source.state.get("probe_loss"), stored_probe(source.folder, task_of(plan.model))
     now = probe_loss(engine, probe) if probe is not None else None
     world = {key: source.state.get(key) for key in ("strategy", "world_size", "precision")}
     events.write("resumed", folder=str(source.folder), step=source.step, saved_under=world, probe_loss=now,
@@ -132,17 +125,3 @@ def tell_start(engine: Engine, source: Source | None, plan: Plan, events: EventL
         )
         events.write("warning", step=source.step, message=message)
         display.say(f"Warning: {message}.")
-
-
-def sample_text(config: Config, plan: Plan, engine: Engine, world: World) -> str | None:
-    """Text that the trained model writes; None when none was asked for. Collective."""
-    tokenizer = load_tokenizer(config.data.path)
-    if not config.sample_tokens or tokenizer is None:
-        return None
-
-    def predict(tokens: Tensor) -> Tensor:
-        return engine.predict(Batch({"tokens": tokens}, tokens.numel()))
-
-    prompt = tokenizer.encode(config.sample_prompt).tolist()
-    tokens = generate(predict, prompt, config.sample_tokens, block_size=plan.model.block_size, seed=config.seed)
-    return tokenizer.decode(tokens[len(prompt) :])

@@ -15,8 +15,6 @@ from ..checkpoint.manifest import check_same_model, read_manifest, step_name
 from ..config.arguments import Request
 from ..config.load import ResolvedConfig
 from ..config.schema import Config
-from ..data.prepare import is_prepared, prepare
-from ..data.tokens import check_data, fingerprint, vocabulary_size
 from ..errors import CheckpointError, ConfigError
 from ..planning.candidates import CHECKPOINT_BYTES_A_PARAMETER
 from ..planning.candidates import checkpoint_bytes as kept_checkpoint_bytes
@@ -25,6 +23,7 @@ from ..planning.explain import print_choice
 from ..planning.hardware import Hardware, probe
 from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
+from ..tasks import task_of
 from .lock import RunLock, acquire_run
 from .resume import check_resumable
 from .run_folder import choose_folder, write_run_folder
@@ -116,27 +115,25 @@ def with_data(resolved: ResolvedConfig, console: Console) -> ResolvedConfig:
     Raises:
         DataError: missing, empty, too short, or beyond the vocabulary.
     """
-    config = resolved.config
-    if config.data.prepare and not is_prepared(config.data.path):
-        console.print(f"Preparing {', '.join(config.data.prepare)} …", highlight=False, soft_wrap=True)
-        console.print(prepare(config.data).describe(), highlight=False, soft_wrap=True)
-    resolved = with_vocabulary(resolved)
-    check_data(config.data.path, resolved.config.model)
+    task = task_of(resolved.config.model)
+    task.prepare(resolved.config, lambda text: _say(console, text))
+    resolved = with_model_of_data(resolved)
+    task.check(resolved.config)
     return resolved
 
 
-def with_vocabulary(resolved: ResolvedConfig) -> ResolvedConfig:
-    """The configuration with the vocabulary of its prepared data, unless it names one itself.
+def with_model_of_data(resolved: ResolvedConfig) -> ResolvedConfig:
+    """The configuration with what its data decides about the model (the vocabulary), unless it says so itself.
 
     Raises:
         DataError: the data is missing.
     """
     config = resolved.config
-    if config.model.vocab_size is not None:
+    decided = task_of(config.model).decided_by_data(config)
+    if not decided:
         return resolved
-    model = config.model.model_copy(update={"vocab_size": vocabulary_size(config.data.path)})
-    origins = {**resolved.origins, "model.vocab_size": f"data {config.data.path}"}
-    return ResolvedConfig(config.model_copy(update={"model": model}), origins)
+    origins = {**resolved.origins, **{f"model.{name}": f"data {config.data.path}" for name in decided}}
+    return ResolvedConfig(config.model_copy(update={"model": config.model.model_copy(update=decided)}), origins)
 
 
 def make_plan(config: Config, console: Console) -> tuple[Choice, Hardware]:
@@ -210,7 +207,7 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
         manifest = read_manifest(found.folder)
         _refuse_another_run(folder, found.folder)
         _refuse_tags_ahead(folder, manifest.step)
-        check_resumable(found.folder, manifest, config, plan, fingerprint(config.data.path))
+        check_resumable(found.folder, manifest, config, plan, task_of(config.model).fingerprint(config))
         if manifest.step >= config.max_steps:
             _say(console, f"Step {manifest.step} of {config.max_steps} is done; raise --max-steps to train on.")
         return Start("resume", found.folder)

@@ -139,6 +139,7 @@ class GPT2Names:
             )
 
     def huggingface_config(self, model: ModelConfig) -> dict[str, Any]:
+        assert isinstance(model, GPT2Config)
         # GPT-2's end-of-text token where it is in the vocabulary; a vocabulary of characters has none.
         end = 50_256 if model.vocab_size is not None and model.vocab_size > 50_256 else None
         return {

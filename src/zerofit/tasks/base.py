@@ -1,0 +1,90 @@
+"""What a task owes the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..config.schema import Config
+from ..types import Batch, LossSum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config.models import ModelConfig
+    from ..data.loader import Share
+
+
+class Loader(Protocol):
+    """A rank's training batches by step: a pure function of the step, so that the step is the data cursor."""
+
+    def window(self, step: int) -> list[Batch]:
+        """The accumulation window of `step`: ``accumulation_steps`` batches of ``micro_batch`` samples."""
+
+    def epoch_of_step(self, step: int) -> int:
+        """Epoch of the first sample of `step`."""
+
+    def close(self) -> None:
+        """Stop what reads ahead."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """All that a rank reads.
+
+    Attributes:
+        train: its training batches.
+        evaluation: split -> its batches of an evaluation; equally many on every rank.
+        probe: the sample that checkpoints carry with its loss; the same on every rank.
+    """
+
+    train: Loader
+    evaluation: Mapping[str, Sequence[Batch]]
+    probe: Batch
+
+
+class Task(Protocol):
+    """One way to use a model. Importing a task imports no torch; `open`, `random_inputs` and what follows do."""
+
+    items: str
+    """What is counted and averaged over, in the plural: ``tokens``."""
+
+    def prepare(self, config: Config, say: Callable[[str], None]) -> None:
+        """Make the data when it is not there and the configuration says of what.
+
+        Raises:
+            DataError: it cannot be made.
+        """
+
+    def decided_by_data(self, config: Config) -> dict[str, object]:
+        """Settings of the model that are open and that the data decides (the vocabulary); leaf name -> value.
+
+        Raises:
+            DataError: there is no data to decide them.
+        """
+
+    def check(self, config: Config) -> None:
+        """Check the data against the model before anything starts.
+
+        Raises:
+            DataError: it does not suit.
+        """
+
+    def fingerprint(self, config: Config) -> dict[str, dict[str, Any]]:
+        """Split -> what tells other data; compared when a run is resumed."""
+
+    def open(self, config: Config, model: ModelConfig, share: Share, *, pin_memory: bool) -> Feed:
+        """Open the data for one rank."""
+
+    def batch_of(self, inputs: Mapping[str, Tensor]) -> Batch:
+        """A batch of stored inputs, with its weight counted."""
+
+    def random_batch(self, model: ModelConfig, samples: int, generator: Any) -> Batch:
+        """A training batch of random inputs, for measurements. `generator` is a CPU ``torch.Generator``."""
+
+    def metrics(self, sums: Mapping[str, LossSum]) -> dict[str, float]:
+        """What an evaluation's loss sums mean to people; ``loss`` among them."""
+
+    def closing_words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
+        """What a finished run shows of its model (a text that it writes), or None. Collective where `predict` is."""
