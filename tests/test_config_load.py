@@ -83,7 +83,8 @@ def test_later_layers_win_and_every_value_knows_its_origin(write: Write) -> None
     assert resolved.origins["model.n_head"] == f"{source}:4"
     assert resolved.origins["model.n_embd"] == "preset gpt2"
     assert resolved.origins["model.bias"] == "default"
-    present = {name for name, key in keys().items() if not key.kinds or resolved.config.model.kind in key.kinds}
+    kinds = {"model": resolved.config.model.kind, "data": resolved.config.data.kind}
+    present = {n for n, key in keys().items() if not key.kinds or kinds[n.partition(".")[0]] in key.kinds}
     assert resolved.origins.keys() == present
 
 

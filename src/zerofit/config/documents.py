@@ -63,7 +63,7 @@ def read_entries(text: str, source: str, sections: frozenset[str]) -> Iterator[E
     Args:
         text: YAML or JSON.
         source: file name for messages and origins.
-        sections: names at the top level whose mappings are walked into; every other value is kept whole.
+        sections: dotted names whose mappings are walked into; every other value is kept whole.
 
     Raises:
         ConfigError: no valid document, no mapping at the top, or a key that stands there twice.
@@ -96,8 +96,8 @@ def _walk(loader: _Loader, node: yaml.Node, source: str, sections: frozenset[str
             raise ConfigError(f"{place}: the key {prefix}{key} stands already at {seen[key]}. Keep one of the two.")
         seen[key] = place
         is_empty = value_node.tag == "tag:yaml.org,2002:null" or value_node.value == []
-        if not prefix and key in sections and not is_empty:
-            yield from _walk(loader, value_node, source, sections, f"{key}.")
+        if prefix + key in sections and not is_empty:
+            yield from _walk(loader, value_node, source, sections, f"{prefix}{key}.")
         else:
             yield Entry(prefix + key, loader.construct_object(value_node, deep=True), place)
 

@@ -69,7 +69,7 @@ class AugmentConfig(Section):
 class ImageDataConfig(Section):
     """Pictures in a folder a class, and the cache that training reads."""
 
-    kind: Literal["images"]
+    kind: Literal["images"] = "images"
     path: Path
     """Prepared folder: ``meta.json``, ``files.jsonl``, ``index.npy`` and the pixel cache."""
     prepare: tuple[str, ...] = ()

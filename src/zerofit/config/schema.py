@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from .images import ImageDataConfig
 from .models import ModelConfig, Section
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
@@ -29,6 +30,19 @@ class DataConfig(Section):
     """For ``prepare``: characters of the text, or GPT-2's byte-pair encoding."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """For ``prepare``: share of the text, at its end, kept for validation."""
+
+
+def _data_kind(data: Any) -> str:
+    """Files from before there were pictures name no kind: they mean tokens."""
+    return str(data.get("kind", "tokens") if isinstance(data, dict) else data.kind)
+
+
+#: What a run reads, told apart by ``kind``.
+AnyDataConfig = Annotated[
+    Annotated[DataConfig, Tag("tokens")] | Annotated[ImageDataConfig, Tag("images")], Discriminator(_data_kind)
+]
+#: The kind of data that each task reads.
+DATA_OF_TASK = {"language_modeling": "tokens", "image_classification": "images"}
 
 
 class OptimizerConfig(Section):
@@ -108,7 +122,7 @@ class Config(Section):
     """Everything random is a function of this: weights, sample order, dropout."""
 
     model: ModelConfig
-    data: DataConfig
+    data: AnyDataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
@@ -179,6 +193,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _legal_combination(self) -> Config:
+        _check_data(self)
         _check_offload(self)
         if self.compile and self.strategy == "zero3":
             raise ValueError(
@@ -186,6 +201,17 @@ class Config(Section):
                 "gradients came out wrong (measured: docs/experiments.md); use compile false, or strategy zero2"
             )
         return self
+
+
+def _check_data(config: Config) -> None:
+    """Which data goes with which model."""
+    wanted = DATA_OF_TASK[config.model.task]
+    if config.data.kind != wanted:
+        raise ValueError(
+            f"model.kind {config.model.kind} with data.kind {config.data.kind}: {config.model.kind} is trained on "
+            f"{wanted}; set data.kind {wanted} and data.path to {wanted} that were prepared, or choose another "
+            f"model.kind"
+        )
 
 
 def _check_offload(config: Config) -> None:

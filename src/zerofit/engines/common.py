@@ -76,9 +76,22 @@ def seed_step(plan: Plan, step: int, rank: int) -> None:
     torch.manual_seed(mixed % (1 << 63))
 
 
-def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The batch's inputs on `device`; asynchronous from pinned memory."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
+class Inputs:
+    """From a batch to the arguments of the model's ``forward`` on `device`; asynchronous from pinned memory.
+
+    Attributes:
+        transform: what a task does there first (decoding, augmentation): ``(inputs, training) -> inputs``. Its
+            randomness is a function of its inputs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.transform: Callable[[dict[str, Tensor], bool], dict[str, Tensor]] | None = None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
+        return inputs if self.transform is None else self.transform(inputs, training)
 
 
 class HeldUpdates:
@@ -152,20 +165,20 @@ def close_step(
 
 @torch.no_grad()
 def evaluate_window(
-    model: nn.Module, window: Iterable[Batch], world: World, *, compiled: bool = True
+    model: nn.Module, window: Iterable[Batch], world: World, inputs: Inputs, *, compiled: bool = True
 ) -> Mapping[str, LossSum]:
     """Loss sums over the window and all ranks. Collective. Leaves the model in training mode."""
     with nullcontext() if compiled else uncompiled(model):
-        return _evaluate(model, window, world)
+        return _evaluate(model, window, world, inputs)
 
 
-def _evaluate(model: nn.Module, window: Iterable[Batch], world: World) -> Mapping[str, LossSum]:
+def _evaluate(model: nn.Module, window: Iterable[Batch], world: World, inputs: Inputs) -> Mapping[str, LossSum]:
     sums: dict[str, Tensor] = {}
     weight_here = 0
     model.eval()
     for batch in window:
         weight_here += batch.weight
-        for name, value in model(**to_device(batch, world.device)).items():
+        for name, value in model(**inputs(batch, training=False)).items():
             sums[name] = sums[name] + value.double() if name in sums else value.double()
     model.train()
     weight = torch.tensor(float(weight_here), dtype=torch.float64, device=world.device)
@@ -177,9 +190,9 @@ def _evaluate(model: nn.Module, window: Iterable[Batch], world: World) -> Mappin
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batch: Batch, world: World) -> Tensor:
+def predict(model: nn.Module, batch: Batch, inputs: Inputs) -> Tensor:
     """The model's output without targets, in evaluation mode. Leaves the model in training mode."""
     model.eval()
-    output: Tensor = model(**to_device(batch, world.device))
+    output: Tensor = model(**inputs(batch, training=False))
     model.train()
     return output

@@ -7,6 +7,7 @@ tests compare each engine model with the engine itself, and model states with wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -173,6 +174,8 @@ def _play(
     ledger = Ledger(ROUND_BYTES if on_gpu else 1)
     host = Ledger() if on_gpu else ledger
     workspace = device.workspace_bytes if on_gpu else 0
+    for name, shape in plan.model.buffer_shapes().items():
+        ledger.alloc(("buffer", name), 4 * math.prod(shape) if shape else 8, "buffers")
     simulate(plan, ledger, engine_model(plan, ledger, host, events), events, inputs, workspace)
     return ledger, host
 
@@ -241,4 +244,11 @@ def engine_model(plan: Plan, ledger: Ledger, host: Ledger, events: Sequence[Step
 
 def state_bytes(plan: Plan) -> dict[str, int]:
     """Model states between two steps, by item; what `Engine.memory` reports. ``host_*`` items lie in host memory."""
-    return zero_state_bytes(plan) if plan.strategy.startswith("zero") else replicated_state_bytes(plan)
+    items = zero_state_bytes(plan) if plan.strategy.startswith("zero") else replicated_state_bytes(plan)
+    buffers = buffer_bytes(plan)
+    return items | ({"buffers": buffers} if buffers else {})
+
+
+def buffer_bytes(plan: Plan) -> int:
+    """Whole on every rank: fp32 statistics, and counters of 8 bytes. Mirrors `engines.buffers`."""
+    return sum(4 * math.prod(shape) if shape else 8 for shape in plan.model.buffer_shapes().values())
