@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Prepare data, and show it.")
+from .data_images import prepare_images_command, show_images
+
+IMAGES = "prepare images"
+
+
+class DataGroup(TyperGroup):
+    """``prepare images`` is a command of two words, beside ``prepare``, which takes text."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command, and what is left of the arguments."""
+        return super().resolve_command(ctx, [IMAGES, *args[2:]] if args[:2] == IMAGES.split() else args)
+
+
+app = typer.Typer(
+    cls=DataGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Prepare data, and show it."
+)
+app.command(IMAGES)(prepare_images_command)
 
 
 @app.command()
@@ -24,7 +41,10 @@ def prepare(
     force: Annotated[bool, typer.Option(help="Write over a folder that holds something else.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tokenise text into train.bin and val.bin (nanoGPT's format) and meta.json."""
+    """Tokenise text into train.bin and val.bin (nanoGPT's format) and meta.json.
+
+    For pictures: zerofit data prepare images FOLDER.
+    """
     from ..config.schema import DataConfig
     from ..data.prepare import prepare as prepare_tokens
 
@@ -39,14 +59,22 @@ def prepare(
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="Folder of prepared tokens.")],
+    path: Annotated[Path, typer.Argument(help="Folder of prepared tokens or pictures.")],
     split: Annotated[Literal["train", "val"], typer.Option(help="Which part.")] = "train",
     samples: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sample (the model's block_size).")] = 64,
     seed: Annotated[int, typer.Option(help="Of the sample order.")] = 1337,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show samples as training sees them: the trained tokens coloured, in alternating shades a token."""
+    """Show samples as training sees them: the trained tokens coloured, in alternating shades a token.
+
+    Of pictures: the class table, and the first in training order.
+    """
+    from ..data.images.store import is_prepared_images
+
+    if is_prepared_images(path):
+        show_images(path, split, samples, seed, as_json=as_json)
+        return
     from rich.console import Console
     from rich.text import Text
 

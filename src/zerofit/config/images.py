@@ -43,8 +43,8 @@ class AugmentConfig(Section):
     mixup_alpha: NotNegative = 0.0
     """MixUp (Zhang et al. 2017): Beta(alpha, alpha) of the mixture; 0 turns it off, 0.2 is usual."""
     cutmix_alpha: NotNegative = 0.0
-    """CutMix (Yun et al. 2019): Beta(alpha, alpha) of the area; 0 turns it off, 1 is usual. With MixUp too, each pair of
-    pictures takes one of the two."""
+    """CutMix (Yun et al. 2019): Beta(alpha, alpha) of the area; 0 turns it off, 1 is usual. With MixUp too, each pair
+    of pictures takes one of the two."""
 
     @property
     def mixes(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import warnings
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +17,8 @@ from ...errors import MissingDependency
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-#: Pillow's plug-ins that are let near the bytes; a file's suffix does not matter. MPO is what some cameras call JPEG.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF")
+#: Pillow's plug-ins that are let near the bytes; a file's suffix does not matter.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 ORIENTATION_TAG = 0x0112
 #: Longest side kept, in shorter sides; what a panorama has beyond it is cut off evenly at both ends.
 MAX_ASPECT = 2.0
@@ -54,6 +56,7 @@ class Decoded:
     source_width: int
 
 
+@cache
 def import_pillow() -> Any:
     """``PIL.Image``.
 
@@ -62,6 +65,9 @@ def import_pillow() -> Any:
     """
     try:
         import PIL.Image
+
+        for plugin in ("Bmp", "Gif", "Jpeg", "Mpo", "Png", "WebP"):  # Pillow loads them late otherwise, and not all
+            import_module(f"PIL.{plugin}ImagePlugin")
     except ImportError as error:
         raise MissingDependency("Pictures need Pillow: run `pip install 'zerofit[images]'`.") from error
     return PIL.Image
@@ -89,7 +95,9 @@ def decode(data: bytes, size: int, limits: Limits) -> Decoded:
     except pil.DecompressionBombError as error:
         raise BadPicture(f"decompression bomb: more than {limits.max_pixels:,} pixels") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and others
-        what = "not a picture" if type(error).__name__ == "UnidentifiedImageError" else str(error) or repr(error)
+        if type(error).__name__ == "UnidentifiedImageError":
+            raise BadPicture("not a picture") from error
+        what = str(error) or repr(error)
         raise BadPicture("truncated" if "truncated" in what.lower() else f"unreadable: {what[:120]}") from error
 
 
@@ -102,7 +110,7 @@ def _decode(pil: Any, data: bytes, size: int, limits: Limits) -> Decoded:
         raise BadPicture(f"tiny: {width} x {height}, below min_side {limits.min_side}")
     orientation = image.getexif().get(ORIENTATION_TAG, 1)
     orientation = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-    jpeg = image.format in ("JPEG", "MPO")
+    jpeg = image.format in ("JPEG", "MPO")  # several pictures in a JPEG, as some cameras write; the first counts
     plain_jpeg = jpeg and image.mode in ("RGB", "L")
     target = resized(width, height, size)
     if jpeg:

@@ -71,7 +71,9 @@ def read_images_meta(folder: Path) -> dict[str, Any]:
     if meta.get("kind") != "images":
         raise DataError(f"{folder} holds tokens, not pictures. Set data.path to a folder of prepared pictures.")
     if meta.get("format") != FORMAT:
-        raise DataError(f"{path}: format {meta.get('format')}; this version reads {FORMAT}. Prepare again with --force.")
+        raise DataError(
+            f"{path}: format {meta.get('format')}; this version reads {FORMAT}. Prepare again with --force."
+        )
     return meta
 
 

@@ -95,8 +95,11 @@ def prepare_images(
     sources = [str(Path(source).absolute()) for source in config.prepare]
     found = discover(sources)
     request = _request(config, sources)
-    if config.path.exists() and any(config.path.iterdir()) and not force:
-        return _already_there(config, request, found)
+    if config.path.exists() and any(config.path.iterdir()):
+        if not is_prepared_images(config.path):
+            raise DataError(f"{config.path} is not empty and holds no prepared pictures. Choose another --out.")
+        if not force:
+            return _already_there(config, request, found)
     work = _work_folder(config.path, request, found)
     checked = _check_all(found, config, work, workers or len(os.sched_getaffinity(0)), progress or (lambda *_: None))
     _refuse_too_many(checked, config)
@@ -112,8 +115,6 @@ def _request(config: ImageDataConfig, sources: list[str]) -> dict[str, Any]:
 
 def _already_there(config: ImageDataConfig, request: dict[str, Any], found: Found) -> PreparedImages:
     folder = config.path
-    if not is_prepared_images(folder):
-        raise DataError(f"{folder} is not empty and holds no prepared pictures. Choose another --out.")
     meta = read_images_meta(folder)
     differing = [name for name, value in request.items() if meta["request"].get(name) != value]
     if differing or meta["files_digest"] != found.digest:
@@ -195,7 +196,8 @@ def check_shard(
     pictures: Sequence[Picture], number: int, work: Path, limits: Limits, size: int, keep_pixels: bool
 ) -> int:
     """Read, check and shrink some pictures; write their pixels, then their rows. Returns how many there were."""
-    rows, offset = [], 0
+    rows: list[dict[str, Any]] = []
+    offset = 0
     unfinished = work / f"{shard_name(number)}.{os.getpid()}"
     with unfinished.open("wb", buffering=1 << 22) as out:
         for picture in pictures:
@@ -204,7 +206,8 @@ def check_shard(
                 rows.append({"reason": checked.reason})
                 continue
             row, pixels = checked
-            rows.append({"sha256": row.sha256, "record": {**row.record, "shard": number, "offset": offset}})
+            record = {**row.record, "shard": number, "offset": offset}
+            rows.append({"sha256": row.sha256, "record": record})
             if keep_pixels:
                 offset += out.write(pixels)
     unfinished.replace(work / shard_name(number))
@@ -243,9 +246,9 @@ def _refuse_too_many(checked: Sequence[Checked], config: ImageDataConfig) -> Non
         return
     listed = [f"{row.picture.path} ({row.reason})" for row in bad]
     raise DataError(
-        f"{len(bad)} of {len(checked)} pictures cannot be used, and max_bad_fraction {config.max_bad_fraction:g} allows "
-        f"{int(config.max_bad_fraction * len(checked))}: {shown(listed)}. Mend or remove them, or allow more with "
-        f"--max-bad-fraction."
+        f"{len(bad)} of {len(checked)} pictures cannot be used, and max_bad_fraction {config.max_bad_fraction:g} "
+        f"allows {int(config.max_bad_fraction * len(checked))}: {shown(listed)}. Mend or remove them, or allow more "
+        f"with --max-bad-fraction."
     )
 
 
@@ -294,10 +297,9 @@ def _split(rows: Sequence[Checked], config: ImageDataConfig) -> list[str]:
 
     Which ones is a function of the seed and the contents alone: not of file names or their order.
     """
-    contents: dict[str, list[str]] = defaultdict(list)
+    contents: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        if row.sha256 not in contents[row.picture.class_name]:
-            contents[row.picture.class_name].append(row.sha256)
+        contents[row.picture.class_name].add(row.sha256)
     validates: set[str] = set()
     for name, hashes in sorted(contents.items()):
         order = sorted(hashes)
@@ -358,9 +360,7 @@ def _told(counts: dict[str, dict[str, int]], found: Found) -> Iterator[str]:
         yield f"files that are no pictures were passed over: {kinds}"
 
 
-def _write_files(
-    work: Path, kept: Sequence[tuple[Checked, str | None]], classes: Sequence[str]
-) -> dict[str, str]:
+def _write_files(work: Path, kept: Sequence[tuple[Checked, str | None]], classes: Sequence[str]) -> dict[str, str]:
     """``index.npy`` and ``files.jsonl``; returns a hash of each split's contents and classes."""
     labels = {name: label for label, name in enumerate(classes)}
     index = np.zeros(len(kept), RECORD)
