@@ -157,7 +157,7 @@ def _write_tokenizer(job: Job, folder: Path) -> str:
         write_bytes(folder / name, content or b"")
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": job.model.sequence_length,
+        "model_max_length": job.model.items_per_sample,
         "add_prefix_space": False,
     }
     end = "<|endoftext|>"

@@ -26,12 +26,19 @@ def generate(
     """Write text with a trained model."""
     import torch
 
-    from ..checkpoint.model import load_model
+    from ..checkpoint.model import load_model, model_config
+    from ..config.models import LanguageModelShape
     from ..data.tokenizers import load_tokenizer
     from ..tasks.sampling import generate as continue_text
     from .saved_run import data_folder, open_run
 
     saved = open_run(run, checkpoint)
+    shape = model_config(saved)
+    if not isinstance(shape, LanguageModelShape):
+        raise DataError(
+            f"{run} holds a {shape.kind}, and `zerofit generate` writes text with a language model. Use `zerofit "
+            f"classify {run} PICTURES`."
+        )
     folder = data_folder(saved, data)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
@@ -40,14 +47,14 @@ def generate(
     if not ids:
         raise DataError("The prompt is empty. Give at least one character with --prompt.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, config = load_model(saved, device)
+    model, _ = load_model(saved, device)
     texts = []
     for number in range(samples):
         out = continue_text(
             lambda tensor: model(tensor.to(device)),
             ids,
             tokens,
-            block_size=config.sequence_length,
+            block_size=shape.sequence_length,
             temperature=temperature,
             top_k=top_k,
             seed=seed + number,

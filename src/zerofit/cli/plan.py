@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
+from ..config.images import ImageDataConfig
 from ..errors import ConfigError, DataError
 from .plan_arguments import PlanRequest, read_plan_arguments
 
@@ -72,7 +73,8 @@ def _plan(request: PlanRequest) -> None:
 
 
 def with_vocabulary(resolved: ResolvedConfig) -> Config:
-    """The configuration with its vocabulary: its own, its data's, or its tokenizer's, for a plan needs no data.
+    """The configuration with its vocabulary or classes: its own, its data's, or its tokenizer's, for a plan needs no
+    data.
 
     Raises:
         DataError: none of the three is known.
@@ -83,6 +85,12 @@ def with_vocabulary(resolved: ResolvedConfig) -> Config:
         return start.with_model_of_data(resolved).config
     except DataError as error:
         config = resolved.config
+        if isinstance(config.data, ImageDataConfig):
+            raise DataError(
+                f"The number of classes is not known: it is that of the prepared pictures, and {config.data.path} holds "
+                f"none. Set --model.num_classes N to plan without data, or prepare it with `zerofit data prepare "
+                f"images`."
+            ) from error
         if config.data.prepare and config.data.tokenizer == "gpt2":
             return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": GPT2_VOCABULARY})})
         raise DataError(

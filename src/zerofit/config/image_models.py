@@ -112,6 +112,7 @@ class ResNetConfig(ImageModelShape):
     """ResNet (He et al. 2016), as torchvision has it: the stride of a bottleneck is in its 3 x 3 convolution."""
 
     depth_key: ClassVar[str] = "layers"
+    blocks_alike: ClassVar[bool] = False
 
     kind: Literal["resnet"] = "resnet"
     layers: Literal[18, 34, 50] = 18

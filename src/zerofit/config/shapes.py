@@ -23,6 +23,8 @@ class ModelShape(Section):
     """Key of `zerofit.tasks.TASKS`: what the model is trained for."""
     depth_key: ClassVar[str]
     """The setting that counts the blocks."""
+    blocks_alike: ClassVar[bool] = True
+    """Whether a few blocks stand for any number of them."""
 
     kind: Any
 

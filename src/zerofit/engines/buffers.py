@@ -36,8 +36,8 @@ class Buffers:
             for leaf, buffer in list(module._buffers.items()):
                 if buffer is not None and leaf not in module._non_persistent_buffers_set:
                     kept = buffer.float() if buffer.is_floating_point() else buffer
-                    module._buffers[leaf] = kept.to(world.device)
-                    self.tensors[f"{prefix}.{leaf}".lstrip(".")] = module._buffers[leaf]  # type: ignore[assignment]
+                    held = module._buffers[leaf] = kept.to(world.device)
+                    self.tensors[f"{prefix}.{leaf}".lstrip(".")] = held
         self._changed = False
 
     def change(self) -> None:

@@ -189,6 +189,15 @@ def _evaluate(model: nn.Module, window: Iterable[Batch], world: World, inputs: I
     return {name: LossSum(total, int(weight_total)) for name, total in zip(sums, totals, strict=True)}
 
 
+def add_over_ranks(tensor: Tensor, world: World) -> Tensor:
+    """The sum of the ranks' tensors, on the CPU. Collective."""
+    if world.world_size == 1:
+        return tensor.cpu()
+    total = tensor.to(world.device, copy=True)
+    dist.all_reduce(total)
+    return total.cpu()
+
+
 @torch.no_grad()
 def predict(model: nn.Module, batch: Batch, inputs: Inputs) -> Tensor:
     """The model's output without targets, in evaluation mode. Leaves the model in training mode."""

@@ -1,4 +1,4 @@
-"""Memory of a model that cannot be traced: a closed formula for Transformers, within tens of percent.
+"""Memory of a model that cannot be traced: a closed formula, for Transformers within tens of percent.
 
 P parameters, N ranks, h bytes of the compute type (2 or 4). Bytes on the busiest rank.
 """
@@ -41,18 +41,9 @@ def _gradient_bytes(plan: Plan, h: int) -> int:
 
 
 def _activation_bytes(plan: Plan, h: int) -> int:
-    model = plan.model
-    tokens = plan.micro_batch * model.sequence_length
-    block = model.saved_elements_per_token * tokens * h
-    boundary = model.width * tokens * h
-    every = plan.activation_checkpointing_every
-    if not every:
-        return model.depth * block
-    checkpointed = math.ceil(model.depth / every)
-    # One checkpointed block at a time is alive again while it is recomputed.
-    return (model.depth - checkpointed) * block + checkpointed * boundary + block
+    return plan.micro_batch * h * plan.model.saved_elements_per_sample(plan.activation_checkpointing_every)
 
 
 def _logit_bytes(plan: Plan, h: int) -> int:
     """Logits in the compute type and in fp32, and the fp32 gradient of the softmax."""
-    return plan.micro_batch * plan.model.sequence_length * plan.model.padded_vocab_size * (h + 4 + 4)
+    return plan.micro_batch * plan.model.logits_per_sample * (h + 4 + 4)

@@ -158,10 +158,13 @@ def _predict(plan: Plan, device: DeviceConstants) -> MemoryPrediction:
 
 def _micro_step(plan: Plan) -> tuple[list[StepEvent], list[int]]:
     """The events of one micro-step, and the bytes of each input."""
-    every = plan.activation_checkpointing_every
+    every, depth = plan.activation_checkpointing_every, plan.model.depth
+    if not plan.model.blocks_alike:
+        whole = store.template(plan, recompute=every)
+        inputs = [slope * plan.micro_batch + offset for slope, offset in whole.inputs]
+        return list(compose(whole, None, depth, 0, plan.micro_batch)), inputs
     plain = store.template(plan, recompute=False)
     recomputed = store.template(plan, recompute=True) if every else None
-    depth = plan.model.depth
     events = list(compose(plain, recomputed, depth, every, plan.micro_batch))
     return events, [slope * plan.micro_batch + offset for slope, offset in plain.inputs]
 

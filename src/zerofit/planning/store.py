@@ -38,14 +38,15 @@ class TraceKey:
     Attributes:
         model: the config, with no more blocks than are traced.
         element_bytes: of the compute type; bf16 and fp16 allocate the same.
-        recompute: the kind of blocks: with activations recomputed in the backward pass, or kept.
+        recompute: the kind of blocks: with activations recomputed in the backward pass (True), or kept. Where blocks
+            differ (`ModelShape.blocks_alike`) every n-th is recomputed, in one trace.
         compiled: with `ModelSpec.compiled_units` compiled.
         device: ``cuda`` or ``cpu``.
     """
 
     model: Mapping[str, Any]
     element_bytes: int
-    recompute: bool
+    recompute: int
     compiled: bool
     device: str
 
@@ -56,13 +57,14 @@ class TraceKey:
         return _hash(json.dumps(data, sort_keys=True))
 
 
-def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
+def trace_key(plan: Plan, *, recompute: int) -> TraceKey:
     """The trace that a plan needs for one kind of its blocks."""
     shallow = plan.model.with_depth(min(plan.model.depth, TRACED_DEPTH))
-    return TraceKey(shallow.model_dump(mode="json"), 2 if plan.mixed else 4, recompute, plan.compile, plan.device)
+    weights = {"init_from", "pretrained"}  # where they come from changes no size
+    return TraceKey(shallow.model_dump(mode="json", exclude=weights), 2 if plan.mixed else 4, recompute, plan.compile, plan.device)
 
 
-def template(plan: Plan, *, recompute: bool) -> Template:
+def template(plan: Plan, *, recompute: int) -> Template:
     """Shipped, cached, or traced now.
 
     Raises:

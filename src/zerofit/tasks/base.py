@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config.schema import Config
@@ -37,11 +39,48 @@ class Feed:
         train: its training batches.
         evaluation: split -> its batches of an evaluation; equally many on every rank.
         probe: the sample that checkpoints carry with its loss; the same on every rank.
+        transform: what the engine does with a batch's inputs on the device before the model sees them (decoding,
+            augmentation), ``(inputs, training) -> inputs``; None: nothing.
     """
 
     train: Loader
     evaluation: Mapping[str, Sequence[Batch]]
     probe: Batch
+    transform: Callable[[dict[str, Tensor], bool], dict[str, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Best:
+    """What makes one evaluation better than another: the ``best`` checkpoint follows it."""
+
+    metric: str
+    """Of an evaluation, as in ``events.jsonl``: ``val_loss``."""
+    highest: bool = False
+
+    def better(self, value: float, than: float | None) -> bool:
+        """Whether `value` is better than the best so far (None: there is none)."""
+        if math.isnan(value):
+            return False
+        return than is None or (value > than if self.highest else value < than)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a finished run offers for last words.
+
+    Attributes:
+        predict: the model's output for inputs; collective.
+        add: adds up a tensor over the ranks; collective.
+        folder: the run's; the main rank may write there.
+    """
+
+    config: Config
+    model: ModelConfig
+    feed: Feed
+    predict: Callable[[Mapping[str, Tensor]], Tensor]
+    add: Callable[[Tensor], Tensor]
+    folder: Path
+    is_main: bool
 
 
 class Task(Protocol):
@@ -49,6 +88,8 @@ class Task(Protocol):
 
     items: str
     """What is counted and averaged over, in the plural: ``tokens``."""
+    best: Best
+    """Which evaluation is the best."""
 
     def prepare(self, config: Config, say: Callable[[str], None]) -> None:
         """Make the data when it is not there and the configuration says of what.
@@ -74,6 +115,17 @@ class Task(Protocol):
     def fingerprint(self, config: Config) -> dict[str, dict[str, Any]]:
         """Split -> what tells other data; compared when a run is resumed."""
 
+    def epoch_samples(self, config: Config) -> int:
+        """Training samples of one epoch.
+
+        Raises:
+            DataError: there is no data.
+        """
+
+    def facts(self, config: Config) -> dict[str, Any]:
+        """What travels with a checkpoint so that its model can be used without the data (the names of the classes);
+        JSON-ready."""
+
     def open(self, config: Config, model: ModelConfig, share: Share, *, pin_memory: bool) -> Feed:
         """Open the data for one rank."""
 
@@ -86,5 +138,5 @@ class Task(Protocol):
     def metrics(self, sums: Mapping[str, LossSum]) -> dict[str, float]:
         """What an evaluation's loss sums mean to people; ``loss`` among them."""
 
-    def closing_words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
-        """What a finished run shows of its model (a text that it writes), or None. Collective where `predict` is."""
+    def closing_words(self, ending: Ending) -> str | None:
+        """What a finished run shows of its model (a text that it writes), or None. Collective."""

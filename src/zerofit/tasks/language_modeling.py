@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..config.schema import Config
+from ..config.models import LanguageModelShape, ModelShape
+from ..config.schema import Config, DataConfig
 from ..data.prepare import is_prepared, prepare
 from ..data.tokens import SPLITS, check_data, fingerprint, open_split, vocabulary_size
 from ..types import Batch, LossSum
-from .base import Feed
+from .base import Best, Ending, Feed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,17 +27,26 @@ class LanguageModeling:
     """Predict each next token. See `zerofit.tasks.base.Task`."""
 
     items = "tokens"
+    best = Best("val_loss")
 
     def prepare(self, config: Config, say: Callable[[str], None]) -> None:
-        if config.data.prepare and not is_prepared(config.data.path):
-            say(f"Preparing {', '.join(config.data.prepare)} …")
-            say(prepare(config.data).describe())
+        data = tokens_of(config)
+        if data.prepare and not is_prepared(data.path):
+            say(f"Preparing {', '.join(data.prepare)} …")
+            say(prepare(data).describe())
 
     def decided_by_data(self, config: Config) -> dict[str, object]:
-        return {} if config.model.vocab_size is not None else {"vocab_size": vocabulary_size(config.data.path)}
+        known = language_model(config.model).vocab_size is not None
+        return {} if known else {"vocab_size": vocabulary_size(config.data.path)}
 
     def check(self, config: Config) -> None:
-        check_data(config.data.path, config.model)
+        check_data(config.data.path, language_model(config.model))
+
+    def epoch_samples(self, config: Config) -> int:
+        return open_split(config.data.path, "train", language_model(config.model), config.seed).samples
+
+    def facts(self, config: Config) -> dict[str, Any]:
+        return {}
 
     def fingerprint(self, config: Config) -> dict[str, dict[str, Any]]:
         return fingerprint(config.data.path)
@@ -44,7 +54,8 @@ class LanguageModeling:
     def open(self, config: Config, model: ModelConfig, share: Share, *, pin_memory: bool) -> Feed:
         from ..data.loader import TrainLoader, collate, evaluation_window
 
-        splits = {split: open_split(config.data.path, split, model, config.seed) for split in SPLITS}
+        shape = language_model(model)
+        splits = {split: open_split(config.data.path, split, shape, config.seed) for split in SPLITS}
         probe = collate(splits["val"].window(splits["val"].spread_starts(1)))
         return Feed(
             TrainLoader(splits["train"], share, pin_memory),
@@ -60,25 +71,43 @@ class LanguageModeling:
 
         from ..data.loader import collate
 
-        vocabulary = model.vocab_size or model.padded_vocab_size
-        return collate(torch.randint(0, vocabulary, (samples, model.sequence_length + 1), generator=generator).numpy())
+        shape = language_model(model)
+        vocabulary = shape.vocab_size or shape.padded_vocab_size
+        return collate(torch.randint(0, vocabulary, (samples, shape.sequence_length + 1), generator=generator).numpy())
 
     def metrics(self, sums: Mapping[str, LossSum]) -> dict[str, float]:
         return metrics(sums)
 
-    def closing_words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
+    def closing_words(self, ending: Ending) -> str | None:
         from ..data.tokenizers import load_tokenizer
         from .sampling import generate
 
+        config, length = ending.config, language_model(ending.model).sequence_length
         tokenizer = load_tokenizer(config.data.path)
         if not config.sample_tokens or tokenizer is None:
             return None
         prompt = tokenizer.encode(config.sample_prompt).tolist()
-        tokens = generate(predict, prompt, config.sample_tokens, block_size=model.sequence_length, seed=config.seed)
+
+        def predict(tokens: Tensor) -> Tensor:
+            return ending.predict({"tokens": tokens})
+
+        tokens = generate(predict, prompt, config.sample_tokens, block_size=length, seed=config.seed)
         return f"Sample:\n{tokenizer.decode(tokens[len(prompt) :])}"
 
 
 TASK = LanguageModeling()
+
+
+def language_model(model: ModelShape) -> LanguageModelShape:
+    """The shape of a model of this task."""
+    assert isinstance(model, LanguageModelShape)  # `tasks.task_of` has chosen this task by the model
+    return model
+
+
+def tokens_of(config: Config) -> DataConfig:
+    """The data of a configuration of this task."""
+    assert isinstance(config.data, DataConfig)  # `Config` refuses other data
+    return config.data
 
 
 def metrics(sums: Mapping[str, LossSum]) -> dict[str, float]:

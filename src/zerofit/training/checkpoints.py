@@ -12,6 +12,7 @@ from ..config.schema import Config
 from ..engines.base import Engine
 from ..errors import TrainingFailed
 from ..planning.plan import Plan
+from ..tasks.base import Best, Task
 from ..types import SAVE, Batch, World
 from .events import EventLog
 from .probe import probe_loss
@@ -28,6 +29,7 @@ class Checkpoints:
     """One rank's checkpoints of one run. Methods are collective unless they say otherwise.
 
     Args:
+        task: knows what is best, and what travels with a checkpoint.
         data: fingerprint of the data that is trained on.
         probe: the sample that every checkpoint carries with its loss; the same on every rank.
     """
@@ -39,6 +41,7 @@ class Checkpoints:
         config: Config,
         plan: Plan,
         world: World,
+        task: Task,
         data: dict[str, Any],
         probe: Batch,
         events: EventLog,
@@ -46,6 +49,7 @@ class Checkpoints:
     ) -> None:
         self.saver, self.engine, self.config, self.plan, self.world = saver, engine, config, plan, world
         self.data, self.probe, self.events, self.display = data, probe, events, display
+        self.best, self.facts = task.best, task.facts(config)
         self._begun_step: int | None = None
         self._stall_seconds: dict[int, float] = {}
         self._missed = False
@@ -143,7 +147,8 @@ class Checkpoints:
     def _state(self, progress: Progress, loss: float) -> dict[str, Any]:
         return {
             "config": self.config.model_dump(mode="json"),
-            "model": self.plan.model.model_dump(),
+            "model": self.plan.model.model_dump(mode="json"),
+            "facts": self.facts,
             "strategy": self.plan.strategy,
             "offload": self.plan.offload,
             "world_size": self.plan.world_size,
@@ -153,7 +158,11 @@ class Checkpoints:
             "data": self.data,
             "metrics": progress.metrics,
             "metrics_step": progress.metrics_step,
-            "best_loss": progress.best_loss if progress.best_step is not None else None,
+            "best_metric": self.best.metric,
+            "best_highest": self.best.highest,
+            "best_value": progress.best_value,
+            # The same under its older name, where it is a loss: formats of other programs have a place for it.
+            "best_loss": progress.best_value if self.best == Best("val_loss") else None,
             "best_step": progress.best_step,
             "skips_in_a_row": progress.skips_in_a_row,
             "probe_loss": loss,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 
 from torch.distributed import Store
@@ -16,10 +15,12 @@ from ..config.load import load_config
 from ..data.loader import Share
 from ..engines.base import Engine
 from ..engines.build import build
+from ..engines.common import add_over_ranks
 from ..engines.world import open_world
 from ..models import model_spec
 from ..planning.plan import Plan
 from ..tasks import task_of
+from ..tasks.base import Ending
 from ..types import Batch
 from .checkpoints import Checkpoints
 from .evaluate import Evaluator
@@ -46,6 +47,7 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         share = Share(plan.micro_batch, plan.accumulation_steps, world.rank, world.world_size)
         feed = task.open(config, plan.model, share, pin_memory=plan.device == "cuda")
         cleanup.callback(feed.train.close)
+        engine.inputs.transform = feed.transform
         evaluator = Evaluator(task, feed.evaluation)
         events = EventLog(run / "events.jsonl", world.is_main)
         cleanup.callback(events.close)
@@ -62,11 +64,21 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         )
         cleanup.callback(saver.close)
         data = task.fingerprint(config)
-        checkpoints = Checkpoints(saver, engine, config, plan, world, data, feed.probe, events, display)
+        checkpoints = Checkpoints(saver, engine, config, plan, world, task, data, feed.probe, events, display)
         Trainer(
-            config, plan, spec, engine, feed.train, evaluator, world, checkpoints, display, events, stop, progress
+            config, plan, spec, task, engine, feed.train, evaluator, world, checkpoints, display, events, stop, progress
         ).train()
-        words = task.closing_words(config, plan.model, lambda inputs: engine.predict(Batch({"tokens": inputs}, 1)))
+        words = task.closing_words(
+            Ending(
+                config,
+                plan.model,
+                feed,
+                lambda inputs: engine.predict(Batch(inputs, 1)),
+                lambda tensor: add_over_ranks(tensor, world),
+                run,
+                world.is_main,
+            )
+        )
         if words:
             display.say(words)
         display.say(f"Run folder: {run}")
@@ -95,10 +107,10 @@ def load_weights(engine: Engine, prepared: PreparedRun) -> tuple[Progress, Sourc
 
 def progress_of(source: Source) -> Progress:
     """What the loop remembered when the source was written, as far as the source tells."""
-    state, best = source.state, source.state.get("best_loss")
+    state = source.state
     return Progress(
         step=source.step or 0,
-        best_loss=math.inf if best is None else best,
+        best_value=state.get("best_value", state.get("best_loss")),
         best_step=state.get("best_step"),
         metrics=dict(state.get("metrics") or {}),
         metrics_step=state.get("metrics_step"),
