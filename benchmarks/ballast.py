@@ -2,9 +2,9 @@
 
     python benchmarks/ballast.py --out ballast.json
 
-For each size of card and each family of plans two micro-batches are tried: the largest that the planner says fits, which
-must run 20 steps, and the smallest that it says is more than 5% too large, which must run out of memory. Each case has
-a process of its own, which imports before its turn. The ballast emulates a card's memory, not its speed.
+For each size of card and each family of plans two micro-batches are tried: the largest that the planner says fits,
+which must run 20 steps, and the smallest that it says is more than 5% too large, which must run out of memory. Each
+case has a process of its own, which imports before its turn. The ballast emulates a card's memory, not its speed.
 ``--predict-only`` prints the cases without a GPU.
 """
 
@@ -60,7 +60,9 @@ def run_all(args: argparse.Namespace) -> None:
     """Predict, try, print, write."""
     cases = [case for card in args.cards.split(",") for case in cases_of(card)]
     for case in cases:
-        print(f"{case['card']:6} {case['name']:34} {case['says']:5} {case['driver_bytes'] / 2**30:6.2f} GiB", flush=True)
+        print(
+            f"{case['card']:6} {case['name']:34} {case['says']:5} {case['driver_bytes'] / 2**30:6.2f} GiB", flush=True
+        )
     if args.predict_only:
         return
     started, rows = time.monotonic(), []
@@ -106,7 +108,10 @@ def cases_of(card: str) -> Iterator[dict[str, Any]]:
 def ballast(free_mib: int) -> Iterator[None]:
     """Inside, the driver shows `free_mib` free on GPU 0."""
     holder = subprocess.Popen(
-        [sys.executable, __file__, "--hold-mib", str(free_mib)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "--hold-mib", str(free_mib)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdout is not None
     assert holder.stdin is not None

@@ -78,13 +78,13 @@ def train(world: World, plan: Plan, root: Path | None = None) -> Seen:
     if root is not None:
         save(engine, world, root, STEPS)
     later = [engine.train_step(window(plan, s, world.rank), LR, s).read() for s in range(STEPS, 2 * STEPS)]
-    sums = engine.eval_step(window(plan, 99, world.rank))
+    sums = engine.eval_step(window(plan, 99, world.rank)).read()
     again: list[float] = []
     if root is not None:
         saved = open_checkpoint(root / f"step-{STEPS:08d}")
         engine.load(saved.read, saved.scalars)
         resumed = [engine.train_step(window(plan, s, world.rank), LR, s).read() for s in range(STEPS, 2 * STEPS)]
-        resums = engine.eval_step(window(plan, 99, world.rank))
+        resums = engine.eval_step(window(plan, 99, world.rank)).read()
         again = [a.loss - b.loss for a, b in zip(later, resumed, strict=True)] + [
             resums["loss"].total - sums["loss"].total
         ]
@@ -115,7 +115,9 @@ def test_half_precision_trains_with_fp32_statistics(strategy: str) -> None:
 def test_saved_statistics_are_the_ranks_average(strategy: str) -> None:
     first, second = trained(strategy)
     held = {name: data for (name, role, _), data in first.fragments.items() if role == "buffer"}
-    assert {name: first.own[name].size for name in held} == {n: int(np.prod(s)) for n, s in MODEL.buffer_shapes().items()}
+    assert {name: first.own[name].size for name in held} == {
+        n: int(np.prod(s)) for n, s in MODEL.buffer_shapes().items()
+    }
     assert not any(role == "buffer" for _, role, _ in second.fragments)  # once over all ranks
     name = "layer1.0.bn1.running_mean"
     assert not np.allclose(first.own[name], second.own[name])
@@ -164,7 +166,7 @@ def load_and_evaluate(world: World, plan: Plan, root: Path) -> tuple[bool, float
     engine.load(saved.read, saved.scalars)
     held = [(f, saved.read(f.name, f.role, f.start, f.start + f.data.numel())) for f in engine.fragments()]
     same = all(values is not None and torch.equal(f.data, values) for f, values in held)
-    loss = engine.eval_step(window(plan, 99, world.rank))["loss"].mean
+    loss = engine.eval_step(window(plan, 99, world.rank)).read()["loss"].mean
     engine.close()
     return same, loss
 

@@ -48,7 +48,7 @@ def evaluate(
         windows, inputs.transform = _pictures(saved, folder, config, share, batches)
     found: dict[str, float] = {"step": saved.step}
     for split, window in windows.items():
-        sums = evaluate_window(model, window, World(0, 1, 0, device), inputs)
+        sums = evaluate_window(model, window, World(0, 1, 0, device), inputs).read()
         for name, value in task_of(config).metrics(sums).items():
             found[f"{split}_{name}"] = value
     print(json.dumps(found) if as_json else "\n".join(f"{name}: {value:.6g}" for name, value in found.items()))

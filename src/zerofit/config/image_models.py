@@ -27,6 +27,7 @@ class ImageModelShape(ModelShape):
     names, or a run of zerofit. A head of another number of classes starts afresh."""
     pretrained: bool = False
     """Start from published ImageNet weights, fetched by name (needs the network once); as ``init_from`` otherwise."""
+
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if self.pretrained and self.init_from is not None:

@@ -160,9 +160,7 @@ def _with_kinds(settings: dict[str, Entry]) -> dict[str, Entry]:
     """
     for section in sections():
         known, name = kinds(section), f"{section}.kind"
-        given = {
-            entry.name.split(".")[1]: entry for entry in settings.values() if entry.name.startswith(f"{section}.")
-        }
+        given = {entry.name.split(".")[1]: entry for entry in settings.values() if entry.name.startswith(f"{section}.")}
         if not known or not given:
             continue
         if name not in settings:

@@ -166,16 +166,16 @@ class Config(Section):
     deterministic: bool = False
     """Deterministic GPU kernels, so that a repeated run is bit for bit the same; slower."""
 
-    eval_interval: Interval = 250
-    """Steps between evaluations, or ``never``. The last step is evaluated too unless ``never``."""
+    eval_interval: Interval | Literal["epoch"] = 250
+    """Steps between evaluations, ``epoch``, or ``never``. The last step is evaluated too unless ``never``."""
     eval_batches: Positive = 20
-    """Global batches of each split in an evaluation."""
+    """Global batches of each split in an evaluation. Of pictures the whole validation split is evaluated."""
     log_interval: Positive = 10
     """Steps between lines on a terminal that is not live; every step is in ``events.jsonl``."""
     save_interval: Interval | Literal["epoch", "evaluation"] = "evaluation"
     """Steps between checkpoints, ``epoch``, every ``evaluation``, or ``never``. The last step too."""
     save_on_improvement: bool = True
-    """Save and point ``best`` to it when the validation loss improves."""
+    """Save and point ``best`` to it when the validation loss (of pictures, accuracy) improves."""
     save_asynchronously: bool = True
     """Write checkpoints while training goes on; takes a rank's share of the states in host memory once more."""
     keep_checkpoints: Positive = 2
@@ -183,7 +183,7 @@ class Config(Section):
     keep_every: Positive | None = None
     """Keep every checkpoint whose step is a multiple of this, too."""
     keep_best: Positive | None = None
-    """Keep this many checkpoints with the lowest validation loss, too."""
+    """Keep this many checkpoints with the best evaluation (of the loss; of pictures, accuracy), too."""
     sample_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of text to generate and print when training ends; 0 for none."""
     sample_prompt: str = "\n"

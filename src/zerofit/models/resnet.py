@@ -166,7 +166,9 @@ class ResNet(nn.Module):
         logits = self.fc(self.features(images))
         if targets is None:
             return logits  # type: ignore[no-any-return]
-        return classification_sums(logits, targets, self.config.label_smoothing if self.training else 0.0, self.training)
+        return classification_sums(
+            logits, targets, self.config.label_smoothing if self.training else 0.0, self.training
+        )
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, features): everything before the head."""

@@ -132,7 +132,9 @@ class ImageClassification:
 
         shape = image_model(model)
         images = torch.randn((samples, 3, shape.pixels, shape.pixels), generator=generator)
-        return self.batch_of({"images": images, "targets": torch.randint(0, shape.classes, (samples,), generator=generator)})
+        return self.batch_of(
+            {"images": images, "targets": torch.randint(0, shape.classes, (samples,), generator=generator)}
+        )
 
     def metrics(self, sums: Mapping[str, LossSum]) -> dict[str, float]:
         """``loss`` in nats a picture (without label smoothing), ``accuracy`` and ``top5_accuracy`` as shares."""
@@ -146,7 +148,10 @@ class ImageClassification:
         if not ending.is_main:
             return None
         found = recalls(classes, counts)
-        rows: list[list[Any]] = [["class \\ taken for", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))]
+        rows: list[list[Any]] = [
+            ["class \\ taken for", *classes],
+            *([name, *row] for name, row in zip(classes, counts, strict=True)),
+        ]
         (ending.folder / CONFUSION).write_text("".join(_csv_row(row) for row in rows), encoding="utf-8")
         (ending.folder / PER_CLASS).write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
         worst = sorted((row for row in found if row["pictures"]), key=lambda row: row["recall"])[:WORST_SHOWN]

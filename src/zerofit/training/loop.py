@@ -74,6 +74,8 @@ class Trainer:
             wishes = self._record(step - 1, pending) if pending else 0
             pending, self.progress.step = following, step + 1
             due = self._pause_is_due(step + 1) or bool(wishes)
+            if self._save_is_due(step + 1):
+                self.checkpoints.announce(step + 1)
             if due or self.world.device.type == "cpu":  # on a CPU the step is done already: nothing to hide
                 wishes |= self._record(step, pending)
                 pending = None
@@ -99,6 +101,8 @@ class Trainer:
 
     def _evaluation_is_due(self, done: int) -> bool:
         interval = self.config.eval_interval
+        if interval == "epoch":
+            return self._epoch_ends(done) or done == self.config.max_steps
         return interval != "never" and (done % interval == 0 or done == self.config.max_steps)
 
     def _save_is_due(self, done: int) -> bool:
@@ -110,8 +114,11 @@ class Trainer:
         if interval == "evaluation":
             return self._evaluation_is_due(done)
         if interval == "epoch":
-            return self.loader.epoch_of_step(done) > self.loader.epoch_of_step(done - 1)
+            return self._epoch_ends(done)
         return done % interval == 0
+
+    def _epoch_ends(self, done: int) -> bool:
+        return self.loader.epoch_of_step(done) > self.loader.epoch_of_step(done - 1)
 
     def _record(self, step: int, pending: PendingStep) -> int:
         """Write what became of `step`; returns the agreed wishes. Waits for that step, not for the one after."""
