@@ -36,7 +36,8 @@ class Retention:
     Attributes:
         newest: this many of the newest.
         every_steps: all whose step is a multiple of it; None: none for that reason.
-        best: this many with the best evaluation (the lowest validation loss, or what the task calls best); None: none for that reason.
+        best: this many with the best evaluation (the lowest validation loss, or what the task calls best); None: none
+            for that reason.
     """
 
     newest: int

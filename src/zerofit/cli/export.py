@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..config.image_models import ImageModelShape
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 def export(
     source: Annotated[Path, typer.Argument(help="A run folder, a step folder, or a checkpoint of another program.")],
     out: Annotated[Path, typer.Argument(help="File (pt, or NAME.safetensors) or folder to write.")],
-    to: Annotated[Literal["pt", "safetensors", "huggingface", "deepspeed"], typer.Option(help="Format to write.")],
+    to: Annotated[
+        Literal["pt", "safetensors", "huggingface", "deepspeed", "onnx"], typer.Option(help="Format to write.")
+    ],
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Type of the weights.")] = "fp32",
     checkpoint: Annotated[str, typer.Option(help="Of a run: latest, best, final, or a step.")] = "latest",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, as 5GB or 512MiB.")] = "5GB",
@@ -40,7 +43,14 @@ def export(
     from ..checkpoint.store import Saved
 
     found, model = _open(source, checkpoint, config, preset)
-    done = write(found, model, out, to=to, dtype=dtype, shard_bytes=shard_bytes, force=force)
+    if isinstance(model, ImageModelShape) and isinstance(found, Saved):
+        from ..checkpoint.export_images import export_classifier
+
+        done = export_classifier(found, model, out, to=to, dtype=dtype, force=force)
+    elif to == "onnx":
+        raise ConfigError(f"--to onnx: {model.kind} is not exported to ONNX, classifiers of pictures are. Use --to pt.")
+    else:
+        done = write(found, model, out, to=to, dtype=dtype, shard_bytes=shard_bytes, force=force)
     notes = [*(() if isinstance(found, Saved) else found.notes), *done.notes]
     if as_json:
         keys = ("to", "dtype", "files", "size_bytes", "parameters", "step")

@@ -87,8 +87,8 @@ def with_vocabulary(resolved: ResolvedConfig) -> Config:
         config = resolved.config
         if isinstance(config.data, ImageDataConfig):
             raise DataError(
-                f"The number of classes is not known: it is that of the prepared pictures, and {config.data.path} holds "
-                f"none. Set --model.num_classes N to plan without data, or prepare it with `zerofit data prepare "
+                f"The number of classes is not known: it is that of the prepared pictures, and {config.data.path} "
+                f"holds none. Set --model.num_classes N to plan without data, or prepare it with `zerofit data prepare "
                 f"images`."
             ) from error
         if config.data.prepare and config.data.tokenizer == "gpt2":

@@ -32,8 +32,8 @@ class ImageModelShape(ModelShape):
     def _one_origin(self) -> Self:
         if self.pretrained and self.init_from is not None:
             raise ValueError(
-                f"model.pretrained and model.init_from {self.init_from} were both set, and weights come from one place; "
-                f"leave one of them out"
+                f"model.pretrained and model.init_from {self.init_from} were both set, and weights come from one "
+                f"place; leave one of them out"
             )
         return self
 

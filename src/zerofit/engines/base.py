@@ -55,8 +55,8 @@ class Engine(Protocol):
         """What is remembered beside tensors; the same on every rank."""
 
     def load(self, read: Reader, scalars: Scalars | None = None) -> None:
-        """Take parameters (into the fp32 masters, then the compute copies), moments and buffers from `read`, scalars from
-        `scalars` (None: a fresh optimizer). Collective."""
+        """Take parameters (into the fp32 masters, then the compute copies), moments and buffers from `read`, scalars
+        from `scalars` (None: a fresh optimizer). Collective."""
 
     def memory(self) -> Mapping[str, int]:
         """Bytes of model states that this rank holds now, under the item names of `planning.memory`."""

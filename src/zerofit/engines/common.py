@@ -217,6 +217,7 @@ def add_over_ranks(tensor: Tensor, world: World) -> Tensor:
 def predict(model: nn.Module, batch: Batch, inputs: Inputs) -> Tensor:
     """The model's output without targets, in evaluation mode. Leaves the model in training mode."""
     model.eval()
-    output: Tensor = model(**inputs(batch, training=False))
+    arguments = inputs(batch, training=False)
+    output: Tensor = model(**{name: tensor for name, tensor in arguments.items() if name != "targets"})
     model.train()
     return output

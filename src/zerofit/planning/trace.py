@@ -69,8 +69,8 @@ def trace_template(
                 _check_middle(template)
         except TraceError as reason:
             failure = failure or reason
-        except Exception as reason:  # whatever a model does that fake tensors cannot
-            raise TraceError(f"{type(reason).__name__}: {reason}") from reason
+        except Exception as reason:  # whatever a model does that fake tensors cannot, or with a single sample
+            failure = failure or TraceError(f"{type(reason).__name__}: {reason}")
         else:
             return template
     assert failure is not None

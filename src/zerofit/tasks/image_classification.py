@@ -62,8 +62,8 @@ class ImageClassification:
         if model.num_classes != len(store.classes):
             raise DataError(
                 f"model.num_classes {model.num_classes}, and {data.path} holds {len(store.classes)} classes "
-                f"({', '.join(store.classes[:3])} …). They must be as many: leave model.num_classes out to take it from "
-                f"the data."
+                f"({', '.join(store.classes[:3])} …). They must be as many: leave model.num_classes out to take it "
+                f"from the data."
             )
         if model.input_size != data.image_size:
             raise ConfigError(
@@ -84,8 +84,9 @@ class ImageClassification:
 
     def facts(self, config: Config) -> dict[str, Any]:
         data = pictures_of(config)
-        classes = read_images_meta(data.path)["classes"]
-        return {"classes": classes, "image_size": data.image_size, "eval_resize": data.eval_resize}
+        meta = read_images_meta(data.path)
+        sizes = {"image_size": data.image_size, "eval_resize": data.eval_resize}
+        return {"classes": meta["classes"], **sizes, "cache_size": meta["request"]["cache_size"]}
 
     def open(self, config: Config, model: ModelConfig, share: Share, *, pin_memory: bool) -> Feed:
         import torch

@@ -7,10 +7,12 @@ from contextlib import ExitStack
 from torch.distributed import Store
 
 from ..checkpoint.model import initial_reader, parameters_only
+from ..checkpoint.pretrained import starting_reader
 from ..checkpoint.retention import Retention
 from ..checkpoint.saver import Saver
 from ..checkpoint.source import Source, open_source
 from ..checkpoint.store import open_checkpoint
+from ..config.image_models import ImageModelShape
 from ..config.load import load_config
 from ..data.loader import Share
 from ..engines.base import Engine
@@ -92,7 +94,11 @@ def load_weights(engine: Engine, prepared: PreparedRun) -> tuple[Progress, Sourc
     """
     plan, start = prepared.plan, prepared.start
     if start.checkpoint is None:
-        engine.load(initial_reader(model_spec(plan.model.kind), plan.model, plan.seed))
+        spec = model_spec(plan.model.kind)
+        if isinstance(plan.model, ImageModelShape):
+            engine.load(starting_reader(spec, plan.model, plan.seed))
+        else:
+            engine.load(initial_reader(spec, plan.model, plan.seed))
         return Progress(), None
     if start.how == "resume":
         source: Source = open_checkpoint(start.checkpoint)  # its bytes were checked when the run was prepared

@@ -13,6 +13,7 @@ from rich.console import Console
 from ..checkpoint import retention
 from ..checkpoint.manifest import check_same_model, read_manifest, step_name
 from ..config.arguments import Request
+from ..config.image_models import ImageModelShape
 from ..config.load import ResolvedConfig
 from ..config.schema import Config
 from ..errors import CheckpointError, ConfigError
@@ -226,6 +227,13 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
             _say(console, note)
         # Of another tool's folder the ranks look at all that lies there, as was done here.
         return Start(start.how, source.folder if isinstance(source, Saved) else start.checkpoint)
+    model = plan.model
+    if isinstance(model, ImageModelShape) and (model.pretrained or model.init_from is not None):
+        from ..checkpoint.pretrained import starting_weights
+
+        lacking = model.parameter_shapes().keys() - (starting_weights(model) or {}).keys()
+        afresh = f"; {', '.join(sorted(lacking))} start afresh" if lacking else ""
+        _say(console, f"Weights from {model.init_from or 'torchvision'}{afresh}.")
     return start
 
 
