@@ -51,7 +51,7 @@ def export_classifier(saved: Saved, model: ImageModelShape, out: Path, *, to: st
     taken = next((path for path in (out, beside) if path.exists()), None)
     if out.is_dir() or (taken is not None and not force):
         raise RequestError(f"{taken} exists already. Choose another place, or replace a file with --force.")
-    module, _ = load_model(saved, config=model)
+    module, _ = load_model(saved)
     facts = _facts(saved, model)
     work = out.with_name(f".{out.name}.partial")
     work.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ class ImageModelShape(ModelShape):
     """A classifier of pictures."""
 
     task: ClassVar[str] = "image_classification"
+    items: ClassVar[str] = "images"
 
     num_classes: Annotated[int, Field(ge=1)] | None = None
     """Classes; unset takes them from the prepared data."""

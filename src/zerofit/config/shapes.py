@@ -21,6 +21,8 @@ class ModelShape(Section):
 
     task: ClassVar[str]
     """Key of `zerofit.tasks.TASKS`: what the model is trained for."""
+    items: ClassVar[str] = "tokens"
+    """What is counted, in the plural."""
     depth_key: ClassVar[str]
     """The setting that counts the blocks."""
     blocks_alike: ClassVar[bool] = True

@@ -89,7 +89,7 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
     run = f", about {format_seconds(config.max_steps * chosen.step.step_seconds)}" if chosen.step else ""
     _say(
         console,
-        f"Batch: {choice.split.equation()}; {plan.global_batch * plan.model.items_per_sample:,} tokens a step, "
+        f"Batch: {choice.split.equation()}; {plan.global_batch * plan.model.items_per_sample:,} {plan.model.items} a step, "
         f"{config.max_steps:,} steps{run}.",
     )
     if chosen.disk_bytes:
@@ -118,7 +118,8 @@ def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool)
     names = [name for name in _columns(choice.candidates[0]) if on_gpu or name not in GPU_COLUMNS]
     names = [name for name in names if wide or name not in (WIDE_GPU_COLUMNS if on_gpu else WIDE_COLUMNS)]
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        heading = name.replace("tokens", choice.candidates[0].plan.model.items)
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     for candidate in shown:
         chosen, fits = (
@@ -234,7 +235,7 @@ def choice_json(choice: Choice, config: Config) -> dict[str, Any]:
         "model": {
             "kind": plan.model.kind,
             "parameters": plan.parameters,
-            "flops_per_token": plan.model.flops_per_item(),
+            f"flops_per_{plan.model.items.removesuffix('s')}": plan.model.flops_per_item(),
         },
         "hardware": hardware_json(choice),
         "goal": choice.goal,
@@ -286,7 +287,7 @@ def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
         "disk_bytes": candidate.disk_bytes,
         "step_seconds": step.step_seconds if step else None,
         "step_parts": step.parts if step else None,
-        "tokens_per_second": step.tokens_per_second if step else None,
+        f"{plan.model.items}_per_second": step.tokens_per_second if step else None,
         "mfu": step.mfu if step else None,
         "run_seconds": step.step_seconds * config.max_steps if step else None,
         "reason": candidate.plan.reason or candidate.verdict,
