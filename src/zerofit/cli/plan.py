@@ -45,8 +45,9 @@ def _plan(request: PlanRequest) -> None:
     from ..config.load import load_config
     from ..planning.choose import nothing_fits, survey
     from ..planning.described import described_hardware
-    from ..planning.explain import choice_json, print_choice, print_formulas
+    from ..planning.explain import choice_json, print_choice, print_formulas, print_recipes, recipes_json
     from ..planning.hardware import probe
+    from ..planning.recipes import recipes
 
     typed = parse_arguments(request.rest)
     if typed.resume or typed.run or typed.dry_run:
@@ -60,11 +61,13 @@ def _plan(request: PlanRequest) -> None:
         hardware = described_hardware(request.described, hardware)
     everything = "all" in request.switches
     choice = survey(config, hardware, everything=everything)
+    ways = recipes(config, hardware) if config.model.items == "images" and config.device != "cpu" else []
     if typed.as_json:
-        print(json.dumps(choice_json(choice, config)))
+        print(json.dumps(choice_json(choice, config) | ({"recipes": recipes_json(ways)} if ways else {})))
     else:
         console = _console()
         print_choice(console, config, choice, everything=everything)
+        print_recipes(console, ways, config.global_batch or choice.candidates[0].plan.global_batch)
         if "explain" in request.switches:
             print_formulas(console, choice)
     if choice.chosen is None:

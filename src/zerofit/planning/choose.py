@@ -344,12 +344,12 @@ def nothing_fits(candidates: Sequence[Candidate]) -> str:
     ]
     others = [c for c in candidates if not c.asked and c.fits]
     images = nearest.plan.model.items == "images"
+    shorter = "a smaller data.image_size" if images else "a shorter model.block_size"
     ways += [f"strategy {c.plan.strategy}, offload {c.plan.offload} fits as it is" for c in others[:1]]
     return (
         f"No strategy fits (each at its smallest: the nearest is {describe(nearest.plan)} at micro-batch "
         f"{nearest.plan.micro_batch}, activation checkpointing {recomputed}): {needs}. Ways to make it fit: "
-        f"{'; '.join(ways)}; or {'a smaller data.image_size' if images else 'a shorter model.block_size'}, or a smaller "
-        f"model."
+        f"{'; '.join(ways)}; or {shorter}, or a smaller model."
     )
 
 

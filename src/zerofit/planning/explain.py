@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -13,6 +14,7 @@ from ..config.schema import Config
 from .candidates import Candidate, checkpointing_of, describe
 from .choose import Choice
 from .hardware import Hardware
+from .recipes import MOST_SAMPLES, Recipe
 from .sizes import format_bytes, format_seconds
 from .speed import FORMULAS
 
@@ -87,10 +89,10 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
     plan = chosen.plan
     _say(console, plan.reason)
     run = f", about {format_seconds(config.max_steps * chosen.step.step_seconds)}" if chosen.step else ""
+    items = f"{plan.global_batch * plan.model.items_per_sample:,} {plan.model.items} a step"
     _say(
         console,
-        f"Batch: {choice.split.equation()}; {plan.global_batch * plan.model.items_per_sample:,} {plan.model.items} a step, "
-        f"{config.max_steps:,} steps{run}.",
+        f"Batch: {choice.split.equation()}; {items}, {config.max_steps:,} steps{run}.",
     )
     if chosen.disk_bytes:
         _say(
@@ -225,6 +227,38 @@ def print_formulas(console: Console, choice: Choice) -> None:
 
 def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_recipes(console: Console, found: Sequence[Recipe], batch: int) -> None:
+    """The largest micro-batch of each way to save memory on one GPU, and how many come to `batch`."""
+    if not found:
+        return
+    _say(console, "Largest micro-batch on one GPU (accumulation reaches any batch; batch norm sees micro-batches):")
+    for recipe in found:
+        steps, peak = recipe.accumulation_for(batch), format_bytes(recipe.candidate.peak_bytes)
+        if steps is None:
+            _say(console, f"  {recipe.name}: none, one picture takes {peak}")
+            continue
+        most = f"{recipe.micro_batch}{' or more' if recipe.micro_batch == MOST_SAMPLES else ''}"
+        reached = f"batch {batch} in one pass" if steps == 1 else f"batch {batch} as {batch // steps} x {steps}"
+        _say(console, f"  {recipe.name}: {most} ({peak}); {reached}")
+
+
+def recipes_json(found: Sequence[Recipe]) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [
+        {
+            "name": recipe.name,
+            "micro_batch": recipe.micro_batch,
+            "gpu_driver_bytes": recipe.candidate.peak_bytes,
+            "gpu_peak_bytes": recipe.candidate.memory.allocated_bytes,
+            "strategy": recipe.candidate.plan.strategy,
+            "offload": recipe.candidate.plan.offload,
+            "precision": recipe.candidate.plan.precision,
+            "activation_checkpointing": checkpointing_of(recipe.candidate.plan),
+        }
+        for recipe in found
+    ]
 
 
 def choice_json(choice: Choice, config: Config) -> dict[str, Any]:

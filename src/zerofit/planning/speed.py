@@ -63,9 +63,9 @@ FORMULAS = (
     ("offload", "gradients to the host hP/N each micro-step, AdamW there 28P/N bytes a rank at the node's rate, "
      "parameters back hP/N; with parameters offloaded, hP/N in for each pass", "measured on H200: 51 and 37 GB/s, "
      "84 GB/s a node for AdamW"),
-    ("convolutions", "FLOPs of all convolutions x samples over 0.5 x matrix rate (fp32 in TF32 where there is some), twice "
-     "that backward; 6.2 elements moved for each of an output (4.65 compiled) over bandwidth", "set to two measurements of "
-     "ResNet-18 on one H200; not a fit over a range"),
+    ("convolutions", "FLOPs of all convolutions x samples over 0.5 x matrix rate (fp32 in TF32 where there is some), "
+     "twice that backward; 6.2 elements moved for each of an output (4.65 compiled) over bandwidth",
+     "set to two measurements of ResNet-18 on one H200; not a fit over a range"),
 )  # fmt: skip
 
 
