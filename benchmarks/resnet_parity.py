@@ -24,8 +24,9 @@ import torch
 from zerofit.config.load import load_config
 from zerofit.config.schema import Config
 from zerofit.data.loader import Share
+from zerofit.data.prepare.images import prepare_images
 from zerofit.models.resnet import SPEC
-from zerofit.tasks.image_classification import TASK, image_model
+from zerofit.tasks.image_classification import TASK, image_model, pictures_of
 from zerofit.training.schedule import learning_rate
 from zerofit.training.start import with_model_of_data
 
@@ -38,15 +39,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source = write_config(folder, arguments)
-        run_zerofit(source, folder, "prepare", "single", 1, 0, steps=1)
+        prepare_images(pictures_of(load_config(source, None).config), workers=1)
         found: dict[str, Any] = {"torch": torch.__version__, "arguments": vars(arguments) | {"out": None}, "rows": []}
         for seed in range(arguments.seeds):
-            rows = {"torchvision": reference(source, seed)}
-            for strategy in arguments.cases.split(","):
-                ranks = CASES[strategy]
-                rows[f"{strategy} x {ranks}"] = run_zerofit(source, folder, f"{strategy}-{seed}", strategy, ranks, seed)
-            for name, row in rows.items():
-                found["rows"].append({"seed": seed, "case": name, **row})
+            for case in ("torchvision", *arguments.cases.split(",")):
+                if case == "torchvision":
+                    row = reference(source, seed)
+                else:
+                    row = run_zerofit(source, folder, f"{case}-{seed}", case, CASES[case], seed)
+                found["rows"].append({"seed": seed, "case": case, "ranks": CASES.get(case, 1), **row})
                 print(json.dumps(found["rows"][-1]), flush=True)
                 arguments.out.write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
 
@@ -85,12 +86,10 @@ def write_config(folder: Path, arguments: argparse.Namespace) -> Path:
     return path
 
 
-def run_zerofit(
-    source: Path, folder: Path, name: str, strategy: str, ranks: int, seed: int, steps: int | None = None
-) -> dict[str, Any]:
+def run_zerofit(source: Path, folder: Path, name: str, strategy: str, ranks: int, seed: int) -> dict[str, Any]:
     """Through the command line; the losses and the last evaluation out of its events."""
     command = [sys.executable, "-m", "zerofit.cli.main", "train", str(source), "--name", name, "--strategy", strategy]
-    command += ["--num_gpus", str(ranks), "--seed", str(seed)] + (["--max_steps", str(steps)] if steps else [])
+    command += ["--num_gpus", str(ranks), "--seed", str(seed)]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -11,7 +11,14 @@ import pytest
 
 from zerofit.config.models import GPT2Config
 from zerofit.errors import ConfigError
-from zerofit.planning.calibration import Calibration, calibration_path, constants, rates, store_calibration
+from zerofit.planning.calibration import (
+    MORE_KERNELS_BYTES,
+    Calibration,
+    calibration_path,
+    constants,
+    rates,
+    store_calibration,
+)
 from zerofit.planning.gpus import GPUS
 from zerofit.planning.hardware import Gpu, Hardware
 from zerofit.planning.ledger import (
@@ -137,7 +144,7 @@ def test_a_calibration_replaces_published_rates_and_is_remembered() -> None:
     assert after is not None
     assert (after.matrix_flops, after.host_to_device, after.source) == (80e12, 20e9, "again")
     assert step(machine("rtx4090")).step_seconds > before.step_seconds
-    assert constants(machine("rtx4090")).context_bytes == 123
+    assert constants(machine("rtx4090")).context_bytes == 123 + MORE_KERNELS_BYTES
 
 
 def test_a_broken_calibration_says_where_it_lies() -> None:

@@ -55,7 +55,7 @@ def _plan(request: PlanRequest) -> None:
             "`zerofit plan` was given --resume, --run or --dry-run, which belong to `zerofit train`: a plan starts and "
             "continues nothing. Leave them away, or write `zerofit train … --dry-run`."
         )
-    config = with_vocabulary(load_config(typed.source, typed.preset, typed.overrides))
+    config = with_vocabulary(load_config(typed.source, typed.preset, typed.overrides, NO_DATA))
     hardware = probe(config.runs_dir, config.nvme_path)
     if request.described:
         hardware = described_hardware(request.described, hardware)
@@ -73,6 +73,10 @@ def _plan(request: PlanRequest) -> None:
     if choice.chosen is None:
         print(nothing_fits(choice.candidates), file=sys.stderr)
         raise typer.Exit(3)
+
+
+#: A plan reads data only where the vocabulary comes from it.
+NO_DATA = (("data.path", "data"),)
 
 
 def with_vocabulary(resolved: ResolvedConfig) -> Config:

@@ -95,7 +95,9 @@ def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
 def kinds(section: str) -> Mapping[str, frozenset[str]]:
     """Kind -> leaf names of its settings, for a section that is a choice between kinds; else empty."""
     members = _members(Config.model_fields[section].annotation) if section in Config.model_fields else ()
-    return {_kind_of(member): frozenset(member.model_fields) for member in members} if len(members) > 1 else {}
+    if len(members) < 2:
+        return {}
+    return {_kind_of(m): frozenset(name for name, field in m.model_fields.items() if field.repr) for m in members}
 
 
 def find_key(spelled: str, where: str) -> Key:
@@ -140,6 +142,8 @@ def _suggestion(name: str) -> str:
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[Key]:
     for name, field in model.model_fields.items():
+        if not field.repr:
+            continue  # filled in by the program
         members = _members(field.annotation)
         if len(members) > 1:
             yield from _merged(members, f"{prefix}{name}.")

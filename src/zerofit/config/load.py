@@ -37,19 +37,26 @@ class ResolvedConfig:
     origins: dict[str, str]
 
 
-def load_config(source: Path | None, preset: str | None, overrides: Sequence[tuple[str, str]] = ()) -> ResolvedConfig:
+def load_config(
+    source: Path | None,
+    preset: str | None,
+    overrides: Sequence[tuple[str, str]] = (),
+    fallbacks: Sequence[tuple[str, str]] = (),
+) -> ResolvedConfig:
     """Merge a preset, a file and overrides, and validate the outcome.
 
     Args:
         source: YAML or JSON file; it may name its base with ``preset: NAME``.
         preset: name of a preset; wins over the one that the file names.
         overrides: key and value as typed; the key dotted or short, the value a YAML scalar. The last one wins.
+        fallbacks: the same, for what nothing else sets.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a wrong type or value, an illegal combination.
     """
     base, entries = _read_file(source)
-    layers = _read_preset(preset or base), entries, [_read_override(name, text) for name, text in overrides]
+    low, high = ([_read_override(name, text) for name, text in typed] for typed in (fallbacks, overrides))
+    layers = low, _read_preset(preset or base), entries, high
     settings: dict[str, Entry] = {}
     for layer in layers:
         settings |= {entry.name: entry for entry in layer}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -204,6 +204,91 @@ class MambaConfig(LanguageModelShape):
         return 6 * (self.n_layers * per_block + self.padded_vocab_size * self.d_model)
 
 
+class HuggingFaceConfig(LanguageModelShape):
+    """Any causal language model that transformers knows, by its config.json. It can be planned, not trained yet."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str
+    """Folder with a config.json, that file itself, or a model's name on the hub."""
+    max_seq_length: Annotated[int, Field(ge=1)] = 2048
+    """Length of a training sample, in tokens."""
+    settings: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """What config.json says; read from `path` when a plan is made."""
+    shapes: dict[str, tuple[int, ...]] = Field(default_factory=dict, repr=False, exclude=True)
+    """Name -> shape of every parameter; from transformers, remembered in the user's cache folder."""
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.max_seq_length, self.vocab_size, self.pad_vocab_to, self.depth))
+
+    @property
+    def sequence_length(self) -> int:
+        return self.max_seq_length
+
+    @property
+    def text_settings(self) -> dict[str, Any]:
+        """The settings of the language model; models that also see or hear nest them."""
+        return self.settings.get("text_config") or self.settings
+
+    def _setting(self, *names: str) -> int:
+        value = next((self.text_settings[name] for name in names if self.text_settings.get(name) is not None), None)
+        if not isinstance(value, int):
+            raise ValueError(f"{self.path}: config.json has none of {', '.join(names)}")
+        return value
+
+    @property
+    def depth(self) -> int:
+        return self._setting(*_DEPTHS)
+
+    def with_depth(self, depth: int) -> Self:
+        """Settings that list something for every block are cut to the same length."""
+        count = self.depth
+
+        def cut(name: str, value: Any) -> Any:
+            if name in _DEPTHS:
+                return depth
+            return value[:depth] if isinstance(value, list) and len(value) == count else value
+
+        settings = {name: cut(name, value) for name, value in self.text_settings.items()}
+        if "text_config" in self.settings:
+            settings = {**self.settings, "text_config": settings}
+        return self.model_copy(update={"settings": settings})
+
+    @property
+    def width(self) -> int:
+        return self._setting("hidden_size", "n_embd", "d_model")
+
+    @property
+    def hidden_width(self) -> int:
+        """Channels inside a block's MLP; four times the width where config.json does not say."""
+        try:
+            return self._setting("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+        except ValueError:
+            return 4 * self.width
+
+    @property
+    def saved_elements_per_token(self) -> int:
+        """Two norms' inputs, statistics in fp32 and outputs 8 C, q k v 3, attention output 1, residual 1; a gated MLP's
+        four products."""
+        return 13 * self.width + 4 * self.hidden_width
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        if not self.shapes:
+            raise ValueError(f"{self.path}: the model's parameters are not known yet")
+        return self.shapes
+
+    def flops_per_item(self) -> int:
+        """6 per parameter that multiplies (tables that are only looked up do not) + 12 L C T for attention (PaLM paper,
+        appendix B)."""
+        multiplying = sum(math.prod(shape) for shape in self.shapes.values() if len(shape) > 1)
+        if not self.text_settings.get("tie_word_embeddings", self.settings.get("tie_word_embeddings", True)):
+            multiplying -= self.padded_vocab_size * self.width
+        return 6 * multiplying + 12 * self.depth * self.width * self.max_seq_length
+
+
+#: How the settings of transformers spell the number of blocks.
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
 def _kind(shape: Any) -> str:
     """Files from before there were several architectures name none: they mean GPT-2."""
     return str(shape.get("kind", "gpt2") if isinstance(shape, dict) else shape.kind)
@@ -211,6 +296,9 @@ def _kind(shape: Any) -> str:
 
 #: One of the architectures, told apart by ``kind``.
 ModelConfig = Annotated[
-    Annotated[GPT2Config, Tag("gpt2")] | Annotated[MambaConfig, Tag("mamba")] | Annotated[ResNetConfig, Tag("resnet")],
+    Annotated[GPT2Config, Tag("gpt2")]
+    | Annotated[MambaConfig, Tag("mamba")]
+    | Annotated[HuggingFaceConfig, Tag("huggingface")]
+    | Annotated[ResNetConfig, Tag("resnet")],
     Discriminator(_kind),
 ]

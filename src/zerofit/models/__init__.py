@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .base import ModelSpec
 
-MODELS = {"gpt2": "zerofit.models.gpt2:SPEC", "resnet": "zerofit.models.resnet:SPEC"}
+MODELS = {
+    "gpt2": "zerofit.models.gpt2:SPEC",
+    "huggingface": "zerofit.models.huggingface:SPEC",
+    "resnet": "zerofit.models.resnet:SPEC",
+}
 
 
 def model_spec(kind: str) -> ModelSpec[Any]:

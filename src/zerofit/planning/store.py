@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -127,6 +127,16 @@ def _cached(text: str) -> Any:
 def cache_folder() -> Path:
     """The user's; nothing in it is needed."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zerofit"
+
+
+def remembered(what: str, data: Any, make: Callable[[], Any]) -> Any:
+    """JSON data that follows from `data`: from the cache folder, or made now and kept there."""
+    path = cache_folder() / f"{what}-{_hash(json.dumps(data, sort_keys=True, default=str))}.json"
+    with suppress(OSError, ValueError):  # not there, not readable, or torn: it is made again
+        return json.loads(path.read_text(encoding="utf-8"))
+    made = make()
+    _write(path, made)
+    return made
 
 
 def _cache_path(text: str) -> Path:

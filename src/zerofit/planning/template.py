@@ -103,8 +103,25 @@ def compose(plain: Template, recomputed: Template | None, depth: int, every: int
 
     Keys of allocations are ``(pass, position, id)``.
     """
+    return _freed_once(_composed(plain, recomputed, depth, every, samples))
 
+
+def _freed_once(events: Iterator[StepEvent]) -> Iterator[StepEvent]:
+    """Where kinds of blocks are mixed, several may believe that they are the last to need what comes before the blocks
+    (rotary positions, a mask), or none: the last one is right, and the end of the step."""
+    listed = list(events)
+    last = {event.key: index for index, event in enumerate(listed) if isinstance(event, Free)}
+    forgotten = [event.key for event in listed if isinstance(event, Alloc) and event.key not in last]
+    yield from (event for index, event in enumerate(listed) if not isinstance(event, Free) or last[event.key] == index)
+    yield from (Free(key) for key in forgotten if key[1] == 0)
+
+
+def _composed(
+    plain: Template, recomputed: Template | None, depth: int, every: int, samples: int
+) -> Iterator[StepEvent]:
     def kind(position: int) -> Template:
+        if every == 1 and recomputed is not None:
+            return recomputed
         if every and recomputed is not None and 1 <= position <= depth and (position - 1) % every == 0:
             return recomputed
         return plain

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -112,6 +112,8 @@ class _Storages(TorchDispatchMode):
         self.gpu = gpu
         self.events: list[tuple[Any, ...]] = []
         self.item = "activations"
+        #: Called before the next allocation or module event, once.
+        self.before_next: Callable[[], None] | None = None
         self._ids: dict[int, int] = {}
         self._count = 0
         self._recording = True
@@ -148,11 +150,18 @@ class _Storages(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._ids or tensor.device.type == "meta":
             return False
+        self.next()
         self._count += 1
         self._ids[storage._cdata] = self._count
         weakref.finalize(storage, self._gone, storage._cdata, self._count)
         self.events.append(("+", self._count, storage.nbytes(), self.item))
         return True
+
+    def next(self) -> None:
+        """Something is about to be noted that is no free."""
+        if self.before_next is not None:
+            tell, self.before_next = self.before_next, None
+            tell()
 
     def _gone(self, address: int, number: int) -> None:
         self._ids.pop(address, None)
@@ -264,6 +273,7 @@ class _Recording:
     def _run(self, model: nn.Module, inputs: Any) -> None:
         self._begin(FORWARD, 0)
         loss = model(**inputs)["loss"]
+        self.mode.next()
         self._begin(BACKWARD, len(self.blocks) + 1)
         loss.backward()
         del loss
@@ -310,7 +320,8 @@ class _Recording:
             self.events.append(("o", FORWARD, position, self.mode.id_of(tensor)))
             tensor.register_hook(lambda gradient: self._enter(position, gradient, position + 1))
             if position == len(self.blocks):
-                self._begin(FORWARD, position + 1)
+                # Not yet: the caller lets go of the block's input first, if the block did not keep it.
+                self.mode.before_next = lambda: self._begin(FORWARD, position + 1)
 
         block.register_forward_pre_hook(before)
         block.register_forward_hook(after)
@@ -324,7 +335,11 @@ class _Recording:
         """DeepSpeed's four moments of a module: it gathers and lets go of parameters there."""
 
         def tell(when: str) -> Any:
-            return lambda: self.events.append(("m", when, tuple(names)))
+            def note() -> None:
+                self.mode.next()
+                self.events.append(("m", when, tuple(names)))
+
+            return note
 
         def before(module: nn.Module, args: Any) -> Any:
             tell("f+")()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
-from ..config.models import GPT2Config, ModelConfig
+from ..config.models import GPT2Config, HuggingFaceConfig, ModelConfig
 
 #: Elements per token and channel that a GPT-2 block reads and writes outside matrix products in a forward pass: two
 #: norms 4, the attention output's transposition 2, GELU 8, two residual sums 4. The backward pass moves about twice
@@ -54,7 +55,29 @@ class Work:
 @cache
 def work_of(model: ModelConfig) -> Work | None:
     """The work of a model; None when its speed is not modelled."""
-    return _gpt2(model) if isinstance(model, GPT2Config) else None
+    if isinstance(model, GPT2Config):
+        return _gpt2(model)
+    return _huggingface(model) if isinstance(model, HuggingFaceConfig) else None
+
+
+def _huggingface(model: HuggingFaceConfig) -> Work:
+    """A dense decoder of L blocks; what moves and is launched is taken to be as in GPT-2's blocks, with rotary
+    positions and norms in several operations, and has not been measured."""
+    tables = sum(math.prod(shape) for shape in model.shapes.values() if model.padded_vocab_size in shape)
+    return Work(
+        block_flops=2 * (model.parameter_count() - tables),
+        attention_flops=2 * model.depth * model.width * model.max_seq_length,
+        head_flops=2 * model.padded_vocab_size * model.width,
+        block_traffic=(10 * model.width + 6 * model.hidden_width) * model.depth,
+        logits=model.padded_vocab_size,
+        width=model.width,
+        blocks=model.depth,
+        kernels={"eager": 2 * GPT2_BLOCK_KERNELS["eager"], "compiled": GPT2_BLOCK_KERNELS["compiled"]},
+        tensors=len(model.shapes),
+        modules=9 * model.depth + 3,
+        sample_tokens=model.max_seq_length,
+        step_flops=model.flops_per_item(),
+    )
 
 
 def _gpt2(model: GPT2Config) -> Work:

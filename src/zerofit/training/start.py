@@ -15,6 +15,7 @@ from ..checkpoint.manifest import check_same_model, read_manifest, step_name
 from ..config.arguments import Request
 from ..config.image_models import ImageModelShape
 from ..config.load import ResolvedConfig
+from ..config.models import HuggingFaceConfig
 from ..config.schema import Config
 from ..errors import CheckpointError, ConfigError
 from ..planning.candidates import CHECKPOINT_BYTES_A_PARAMETER
@@ -22,6 +23,7 @@ from ..planning.candidates import checkpoint_bytes as kept_checkpoint_bytes
 from ..planning.choose import Choice, choose
 from ..planning.explain import print_choice
 from ..planning.hardware import Hardware, probe
+from ..planning.huggingface import completed
 from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
 from ..tasks import task_of
@@ -116,6 +118,11 @@ def with_data(resolved: ResolvedConfig, console: Console) -> ResolvedConfig:
     Raises:
         DataError: missing, empty, too short, or beyond the vocabulary.
     """
+    if isinstance(resolved.config.model, HuggingFaceConfig):
+        raise ConfigError(
+            "model.kind huggingface was asked for, and such models can be planned (`zerofit plan`), not trained yet. "
+            "GPT-2's weights train as model.kind gpt2."
+        )
     task = task_of(resolved.config.model)
     task.prepare(resolved.config, lambda text: _say(console, text))
     resolved = with_model_of_data(resolved)
@@ -130,6 +137,8 @@ def with_model_of_data(resolved: ResolvedConfig) -> ResolvedConfig:
         DataError: the data is missing.
     """
     config = resolved.config
+    if isinstance(config.model, HuggingFaceConfig):
+        return ResolvedConfig(config.model_copy(update={"model": completed(config.model)}), resolved.origins)
     decided = task_of(config.model).decided_by_data(config)
     if not decided:
         return resolved
