@@ -156,9 +156,10 @@ class Augment:
         if images.device not in self._constants:
             std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
             mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-            self._constants[images.device] = (mean / std, 1 / (255 * std))
+            self._constants[images.device] = (-mean / std, 1 / (255 * std))
         offset, scale = self._constants[images.device]
-        return torch.addcmul(-offset, images.float(), scale).to(self.dtype, memory_format=self.memory_format)
+        out = torch.empty(images.shape, dtype=self.dtype, device=images.device, memory_format=self.memory_format)
+        return torch.addcmul(offset, images, scale, out=out)  # in float32, cast and laid out as it is written
 
 
 Axis = tuple[Tensor, Tensor, "Tensor | None"]

@@ -147,10 +147,10 @@ class ImageStore:
         return self._slice(int(record["shard"]), int(record["offset"]), int(record["height"]), int(record["width"]))
 
     def gather(self, numbers: NDArray[np.int64], out: Pixels) -> None:
-        """Copy pictures into the upper left of the canvases `out` (len(numbers), H, W, 3); the rest is left as is."""
+        """Copy pictures into the upper left of the first canvases of `out` (.., H, W, 3); the rest is left as is."""
         records = self.index[numbers]
         places = zip(*(records[name].tolist() for name in ("shard", "offset", "height", "width")), strict=True)
-        for canvas, (shard, offset, height, width) in zip(out, places, strict=True):
+        for canvas, (shard, offset, height, width) in zip(out, places, strict=False):
             canvas[:height, :width] = self._slice(shard, offset, height, width)
 
     def _slice(self, shard: int, offset: int, height: int, width: int) -> Pixels:
