@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import tee
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ...errors import DataError, ZerofitError
 from ..order import Indices
-from .decode import MAX_ASPECT, BadPicture, Limits, decode
+from .decode import MAX_ASPECT, RESIZERS, BadPicture, Limits, decode
 from .store import ImageStore
 
 _log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class FilesReader:
             batch_sampler=chosen,
             num_workers=self.workers,
             collate_fn=_as_is,
-            worker_init_fn=_leave_signals_alone,
+            worker_init_fn=_start_worker,
             **more,
         )
         try:
@@ -176,7 +177,8 @@ def decode_file(store: ImageStore, number: int, out: np.ndarray[Any, Any]) -> No
     """
     path, record = store.paths[number], store.index[number]
     try:
-        pixels = decode(Path(path).read_bytes(), store.meta["request"]["cache_size"], ANYTHING).pixels
+        size, resize = store.meta["request"]["cache_size"], RESIZERS[store.meta["resize"]]
+        pixels = decode(Path(path).read_bytes(), size, ANYTHING, resize).pixels
     except (OSError, BadPicture) as error:
         raise DataError(
             f"{path} cannot be read any more ({error}). Prepare the pictures again with --force."
@@ -191,9 +193,10 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_alone(_: int) -> None:
+def _start_worker(_: int) -> None:
     """Ctrl-C reaches every process of a terminal; the rank decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # Pillow's, of metadata: the files were checked
     torch.set_num_threads(1)
 
 

@@ -9,6 +9,8 @@ import os
 import platform
 import random
 import shutil
+import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,7 +23,7 @@ import numpy as np
 
 from ...config.images import ImageDataConfig
 from ...errors import DataError, ZerofitError
-from ..images.decode import BadPicture, Limits, decode, import_pillow
+from ..images.decode import RESIZERS, BadPicture, Limits, Resize, decode, import_pillow
 from ..images.discover import Found, Picture, discover, shown
 from ..images.store import FILES, FORMAT, INDEX, META, RECORD, SPLITS, is_prepared_images, read_images_meta, shard_name
 
@@ -29,6 +31,8 @@ from ..images.store import FILES, FORMAT, INDEX, META, RECORD, SPLITS, is_prepar
 SHARD_PICTURES, MAX_SHARDS = 64, 1024
 #: Pictures below which starting processes costs more than it saves.
 FEW_PICTURES = 256
+#: Pictures from which torch's faster filter outweighs the seconds of its import.
+MANY_PICTURES = 20_000
 #: Largest class to smallest from which balanced sampling is worth a thought.
 IMBALANCE_TOLD = 3.0
 
@@ -100,10 +104,12 @@ def prepare_images(
             raise DataError(f"{config.path} is not empty and holds no prepared pictures. Choose another --out.")
         if not force:
             return _already_there(config, request, found)
+    resize = "torch" if len(found.pictures) >= MANY_PICTURES else "pillow"
     work = _work_folder(config.path, request, found)
-    checked = _check_all(found, config, work, workers or len(os.sched_getaffinity(0)), progress or (lambda *_: None))
+    cores = workers or len(os.sched_getaffinity(0))
+    checked = _check_all(found, config, work, resize, cores, progress or (lambda *_: None))
     _refuse_too_many(checked, config)
-    prepared = _finish(found, checked, config, request, work)
+    prepared = _finish(found, checked, config, request, resize, work)
     _publish(work, config.path)
     return prepared
 
@@ -142,21 +148,23 @@ def _work_folder(folder: Path, request: dict[str, Any], found: Found) -> Path:
     return work
 
 
-def _check_all(found: Found, config: ImageDataConfig, work: Path, workers: int, progress: Progress) -> list[Checked]:
+def _check_all(
+    found: Found, config: ImageDataConfig, work: Path, resize: str, workers: int, progress: Progress
+) -> list[Checked]:
     """Every picture checked, in the order of `found`."""
     pictures = found.pictures
     size = max(SHARD_PICTURES, -(-len(pictures) // MAX_SHARDS))
     shards = [pictures[first : first + size] for first in range(0, len(pictures), size)]
-    limits, kept = Limits(config.min_side, config.max_pixels), config.cache_size if config.read == "cache" else 0
+    limits = Limits(config.min_side, config.max_pixels)
     jobs = [
-        (shard, number, work, limits, config.cache_size, kept > 0)
+        (shard, number, work, limits, config.cache_size, resize, config.read == "cache")
         for number, shard in enumerate(shards)
         if not _shard_rows(work, number).exists()
     ]
     done = len(pictures) - sum(len(job[0]) for job in jobs)
     progress(done, len(pictures))
     few = sum(len(job[0]) for job in jobs) < FEW_PICTURES
-    for finished in _run_here(jobs) if few or workers == 1 else _run_in_processes(jobs, workers):
+    for finished in _run_here(jobs) if few or workers == 1 else _run_in_processes(jobs, resize, workers):
         done += finished
         progress(done, len(pictures))
     return [checked for number, shard in enumerate(shards) for checked in _read_shard(work, number, shard)]
@@ -164,12 +172,24 @@ def _check_all(found: Found, config: ImageDataConfig, work: Path, workers: int, 
 
 def _run_here(jobs: Sequence[tuple[Any, ...]]) -> Iterator[int]:
     for job in jobs:
-        yield check_shard(*job)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            done = check_shard(*job)
+        yield done
 
 
-def _run_in_processes(jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[int]:
+def _quiet() -> None:
+    """Pillow warns of large pictures and odd metadata; what counts is said in `BadPicture`."""
+    warnings.simplefilter("ignore")
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _run_in_processes(jobs: Sequence[tuple[Any, ...]], resize: str, workers: int) -> Iterator[int]:
     """Shards in fresh processes, few ahead of the workers so that an interruption is answered soon."""
-    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("forkserver")) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *(["torch"] if resize == "torch" else [])])
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_quiet) as pool:
         waiting: set[Future[int]] = set()
         try:
             for job in jobs:
@@ -193,7 +213,7 @@ def _shard_rows(work: Path, number: int) -> Path:
 
 
 def check_shard(
-    pictures: Sequence[Picture], number: int, work: Path, limits: Limits, size: int, keep_pixels: bool
+    pictures: Sequence[Picture], number: int, work: Path, limits: Limits, size: int, resize: str, keep_pixels: bool
 ) -> int:
     """Read, check and shrink some pictures; write their pixels, then their rows. Returns how many there were."""
     rows: list[dict[str, Any]] = []
@@ -201,7 +221,7 @@ def check_shard(
     unfinished = work / f"{shard_name(number)}.{os.getpid()}"
     with unfinished.open("wb", buffering=1 << 22) as out:
         for picture in pictures:
-            checked = _check(picture, limits, size)
+            checked = _check(picture, limits, size, RESIZERS[resize])
             if not isinstance(checked, tuple):
                 rows.append({"reason": checked.reason})
                 continue
@@ -217,10 +237,10 @@ def check_shard(
     return len(pictures)
 
 
-def _check(picture: Picture, limits: Limits, size: int) -> Checked | tuple[Checked, bytes]:
+def _check(picture: Picture, limits: Limits, size: int, resize: Resize) -> Checked | tuple[Checked, bytes]:
     try:
         data = Path(picture.path).read_bytes()
-        decoded = decode(data, size, limits)
+        decoded = decode(data, size, limits, resize)
     except BadPicture as error:
         return Checked(picture, reason=str(error))
     except OSError as error:
@@ -253,7 +273,7 @@ def _refuse_too_many(checked: Sequence[Checked], config: ImageDataConfig) -> Non
 
 
 def _finish(
-    found: Found, checked: Sequence[Checked], config: ImageDataConfig, request: dict[str, Any], work: Path
+    found: Found, checked: Sequence[Checked], config: ImageDataConfig, request: dict[str, Any], resize: str, work: Path
 ) -> PreparedImages:
     """Split, drop what would leak, and write the index, the list of files and last the meta."""
     good = [row for row in checked if not row.reason]
@@ -274,7 +294,7 @@ def _finish(
         "format": FORMAT, "kind": "images", "request": request, "classes": list(found.classes), "counts": counts,
         "files": len(kept), "files_digest": found.digest, "split": "folders" if found.given_split else "made here",
         "splits": {s: {"samples": sum(c[s] for c in counts.values()), "sha256": digests[s]} for s in SPLITS},
-        "skipped": skipped, "other_files": found.others, "notices": notices, "shards": shards,
+        "resize": resize, "skipped": skipped, "other_files": found.others, "notices": notices, "shards": shards,
         "versions": {"python": platform.python_version(), "pillow": import_pillow().__version__,
                      "numpy": np.__version__},
     }  # fmt: skip
