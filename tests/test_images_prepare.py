@@ -413,7 +413,7 @@ def test_without_pixels_only_the_files_can_be_read(tmp_path: Path) -> None:
 def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "SHARD_PICTURES", 4)
     root = write_folder(tmp_path / "in", each=6)
-    real, done = prepare_module.check_shard, []
+    real, done = prepare_module.shards.check_shard, []
 
     def failing(*job: object) -> int:
         if len(done) == 2:
@@ -421,12 +421,12 @@ def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.
         done.append(job[1])
         return real(*job)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(prepare_module, "check_shard", failing)
+    monkeypatch.setattr(prepare_module.shards, "check_shard", failing)
     with pytest.raises(KeyboardInterrupt):
         _prepare(root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     again: list[object] = []
-    monkeypatch.setattr(prepare_module, "check_shard", lambda *job: (again.append(job[1]), real(*job))[1])
+    monkeypatch.setattr(prepare_module.shards, "check_shard", lambda *job: (again.append(job[1]), real(*job))[1])
     assert _prepare(root, tmp_path / "out").samples == {"train": 10, "val": 2}
     assert (done, again) == ([0, 1], [2])  # finished shards were kept
     store = ImageStore(tmp_path / "out")

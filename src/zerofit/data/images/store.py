@@ -21,6 +21,7 @@ from ...config.images import ImageDataConfig
 from ...errors import DataError
 from .decode import Pixels
 from .discover import discover, shown
+from .shards import shard_name
 
 META, FILES, INDEX = "meta.json", "files.jsonl", "index.npy"
 FORMAT = 1
@@ -40,11 +41,6 @@ RECORD = np.dtype([
     ("shard", "<i4"),
     ("offset", "<i8"),  # bytes
 ])  # fmt: skip
-
-
-def shard_name(number: int) -> str:
-    """File of a shard's pixels."""
-    return f"pixels-{number:05d}.bin"
 
 
 def is_prepared_images(folder: Path) -> bool:
