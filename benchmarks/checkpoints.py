@@ -3,10 +3,11 @@
     python benchmarks/checkpoints.py --gpus 4 --folder /fast/disk --out benchmarks/results/checkpoints.json
 
 All three save the same engine's masters and moments, several times, while it trains; every step ends with a
-synchronisation. Figures, on rank 0: `stall_seconds`: time that a save took from training, that is the call and what
-the next steps took longer than the median; `durable_seconds`: from the call until the bytes are on the disk (fsync,
-also for DeepSpeed, which leaves that out); `verify_seconds` and `load_seconds`: a resume. The first save of each also
-makes its buffers. ``--small`` shrinks the model for a dry run on CPUs.
+synchronisation. Figures, on rank 0: `stall_seconds`: time that a save took from training, that is the call and what the
+step before it (zerofit starts the probe's forward pass behind that step) and the steps after it took longer than the
+median; `durable_seconds`: from the call until the bytes are on the disk (fsync, also for DeepSpeed, which leaves that
+out); `verify_seconds` and `load_seconds`: a resume. The first save of each also makes its buffers. ``--small`` shrinks
+the model for a dry run on CPUs.
 """
 
 from __future__ import annotations
@@ -79,9 +80,14 @@ def run_case(args: argparse.Namespace) -> None:
         step(index)
     synchronize()
     for save in range(args.saves):
+        synchronize()
+        began = time.perf_counter()
+        step(3, behind=saves.announce)
+        synchronize()
+        announced = time.perf_counter() - began
         if save == args.saves - 1 and isinstance(saves, ZerofitSaves):
             saves.remember()
-        synchronize()
+            synchronize()
         since = time.perf_counter()
         saves.begin(save)
         called = time.perf_counter() - since
@@ -90,7 +96,9 @@ def run_case(args: argparse.Namespace) -> None:
         durable = saves.durable(since)
         rows.append({
             "call_seconds": called,
-            "stall_seconds": called + sum(steps[: STEPS_BETWEEN // 2]) - usual * (STEPS_BETWEEN // 2),
+            "announced_step_seconds": announced,
+            "stall_seconds": announced - usual + called + sum(steps[: STEPS_BETWEEN // 2])
+            - usual * (STEPS_BETWEEN // 2),
             "durable_seconds": durable,
             "steps_after_seconds": steps,
             **getattr(saves, "details", {}),
@@ -145,8 +153,10 @@ def build_engine(args: argparse.Namespace) -> Any:
     engine.load(initial_reader(model_spec("gpt2"), model, seed=1))
     window = window_of(model, 8, 1, world.rank)
 
-    def step(index: int) -> None:
-        engine.train_step(window, 1e-4, index).read()
+    def step(index: int, behind: Callable[[], None] = lambda: None) -> None:
+        pending = engine.train_step(window, 1e-4, index)
+        behind()
+        pending.read()
 
     return engine, step, world, lambda: opened.__exit__(None, None, None)
 
@@ -166,12 +176,16 @@ class ZerofitSaves:
         (batch,) = window_of(engine.plan.model, 1, 1, seed=5)
         self.probe = probe_of(batch.inputs)
 
-    def begin(self, index: int) -> None:
-        from zerofit.checkpoint.saver import Request
+    def announce(self) -> None:
         from zerofit.training.probe import probe_loss
 
+        self.pending = probe_loss(self.engine, self.probe)
+
+    def begin(self, index: int) -> None:
+        from zerofit.checkpoint.saver import Request
+
         started = time.perf_counter()
-        state = {"probe_loss": probe_loss(self.engine, self.probe)}
+        state = {"probe_loss": self.pending.read()}
         self.details = {"probe_seconds": time.perf_counter() - started}
         request = Request(index, self.engine.scalars(), state, self.probe.inputs, ("latest",))
         self.details["scalars_seconds"] = time.perf_counter() - started - self.details["probe_seconds"]
@@ -222,6 +236,9 @@ class DeepSpeedSaves:
     def __init__(self, engine: Any, world: Any, folder: Path) -> None:
         self.engine, self.folder, self.last, self.called_seconds = engine.engine, folder, "", 0.0
 
+    def announce(self) -> None:
+        """Nothing to prepare."""
+
     def begin(self, index: int) -> None:
         if self.last and int(os.environ["RANK"]) == 0:
             shutil.rmtree(self.folder / self.last)  # the disk holds one at a time
@@ -271,6 +288,9 @@ class DcpSaves:
             for index, partition in enumerate(self.engine.layout.partitions)
             for role, tensor in partition.tensors().items()
         }
+
+    def announce(self) -> None:
+        """Nothing to prepare."""
 
     def begin(self, index: int) -> None:
         import torch.distributed.checkpoint as dcp

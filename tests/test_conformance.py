@@ -453,7 +453,7 @@ def train_and_evaluate(world: World, plan: Plan) -> tuple[list[StepResult], floa
     steps: list[StepResult] = []
     for step in range(4):
         steps += take_steps(engine, world, plan, [step])
-        loss = engine.eval_step(window(plan, 99, world.rank))["loss"]
+        loss = engine.eval_step(window(plan, 99, world.rank)).read()["loss"]
         logits = engine.predict(Batch({"tokens": global_batch(99)[0][:1, :5]}, 0))
     return steps, loss.mean, loss.weight, logits.numpy()
 

@@ -22,7 +22,7 @@ from zerofit.training.events import EventLog, read_events
 from zerofit.training.progress import SilentDisplay
 from zerofit.training.schedule import learning_rate
 from zerofit.training.state import Progress
-from zerofit.types import SAVE, Batch, World
+from zerofit.types import SAVE, Batch, Pending, World
 
 
 def _config(**schedule: object) -> Config:
@@ -117,7 +117,7 @@ class FullDisk:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_pauses_saving_and_is_told_once(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "probe_loss", lambda engine, probe: 1.0)
+    monkeypatch.setattr(checkpoints, "probe_loss", lambda engine, probe: Pending(lambda: 1.0))
     monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.0)
     disk, log = FullDisk(), EventLog(tmp_path / "events.jsonl", enabled=True)
     engine: Any = SimpleNamespace(scalars=dict, fragments=list, hold_updates=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -116,16 +116,25 @@ class StepResult:
     loss_scale: float
 
 
-class PendingStep:
-    """A step that the device may still be working on. `read` it one step later, so that no step waits."""
+Result = TypeVar("Result")
 
-    def __init__(self, finish: Callable[[], StepResult]) -> None:
-        self._finish: Callable[[], StepResult] | None = finish
-        self._result: StepResult | None = None
 
-    def read(self) -> StepResult:
-        """Wait for the step and return its result; later calls return the same object."""
+class Pending(Generic[Result]):
+    """Something that the device may still be working on. `read` it later, so that nobody waits."""
+
+    def __init__(self, finish: Callable[[], Result]) -> None:
+        self._finish: Callable[[], Result] | None = finish
+        self._result: Result | None = None
+
+    def read(self) -> Result:
+        """Wait for it and return it; later calls return the same object."""
         if self._result is None:
             assert self._finish is not None
             self._result, self._finish = self._finish(), None
         return self._result
+
+
+#: A step, read one step later.
+PendingStep = Pending[StepResult]
+#: Loss sums of an evaluation by name.
+PendingSums = Pending[Mapping[str, LossSum]]

@@ -33,8 +33,8 @@ def run_calibrate(request: PlanRequest) -> None:
         )
     hardware = probe()
     kind = _kind(hardware)
-    used = hardware.gpus[0].memory_bytes - hardware.gpus[0].free_bytes
-    trial = Trial("zerofit.launch.rates_trial", [str(used)], len(hardware.gpus), TIME_LIMIT_SECONDS)
+    free = hardware.gpus[0].free_bytes
+    trial = Trial("zerofit.launch.rates_trial", [str(free)], len(hardware.gpus), TIME_LIMIT_SECONDS)
     measured = calibration_from(run_trial(trial), kind.key, len(hardware.gpus))
     path = store_calibration(measured)
     if as_json:

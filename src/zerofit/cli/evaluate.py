@@ -38,6 +38,8 @@ def evaluate(
     for split in SPLITS:
         dataset = open_split(folder, split, config, seed=0)
         window = evaluation_window(dataset, share, batches or -(-dataset.blocks // micro_batch))
-        for name, value in task_of(config).metrics(evaluate_window(model, window, World(0, 1, 0, device))).items():
+        for name, value in (
+            task_of(config).metrics(evaluate_window(model, window, World(0, 1, 0, device)).read()).items()
+        ):
             found[f"{split}_{name}"] = value
     print(json.dumps(found) if as_json else "\n".join(f"{name}: {value:.6g}" for name, value in found.items()))

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..types import Batch, Fragment, LossSum, PendingStep, Reader, Scalars
+from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars
 
 
 class Engine(Protocol):
@@ -31,9 +31,10 @@ class Engine(Protocol):
             wishes: bits of `types.WISHES` that this rank asks for.
         """
 
-    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> Mapping[str, LossSum]:
+    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> PendingSums:
         """Loss sums over the window and all ranks, without gradients, dropout or randomness. Collective; every
-        rank brings equally many batches. ``compiled=False`` for batches of another shape than training's."""
+        rank brings equally many batches; does not wait. ``compiled=False`` for batches of another shape than
+        training's."""
 
     def predict(self, batch: Batch) -> Tensor:
         """The model's output for inputs without targets, on the engine's device. Collective under sharding: every

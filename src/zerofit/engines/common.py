@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..models.base import ModelSpec
 from ..planning.plan import Plan
-from ..types import WISHES, Batch, LossSum, PendingStep, StepResult, World
+from ..types import WISHES, Batch, LossSum, Pending, PendingStep, PendingSums, StepResult, World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -127,17 +127,10 @@ def close_step(
     if world.world_size > 1:
         dist.all_reduce(total)
     figures = torch.stack([total, *agreed.double(), grad_norm.double(), skipped.double(), loss_scale.double()])
-    host, ready = figures, None
-    if figures.is_cuda:
-        host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
-        host.copy_(figures, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
+    copied = _on_host(figures)
 
     def finish() -> StepResult:
-        if ready is not None:
-            ready.synchronize()
-        loss, weight, *wished, norm, was_skipped, scale = host.tolist()
+        loss, weight, *wished, norm, was_skipped, scale = copied.read()
         return StepResult(
             loss=loss / max(weight, 1),
             grad_norm=norm,
@@ -150,16 +143,31 @@ def close_step(
     return PendingStep(finish)
 
 
+def _on_host(figures: Tensor) -> Pending[list[float]]:
+    """The numbers of a 1-D tensor, on their way to the host."""
+    if not figures.is_cuda:
+        return Pending(figures.tolist)
+    host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+    host.copy_(figures, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+
+    def finish() -> list[float]:
+        ready.synchronize()
+        numbers: list[float] = host.tolist()
+        return numbers
+
+    return Pending(finish)
+
+
 @torch.no_grad()
-def evaluate_window(
-    model: nn.Module, window: Iterable[Batch], world: World, *, compiled: bool = True
-) -> Mapping[str, LossSum]:
-    """Loss sums over the window and all ranks. Collective. Leaves the model in training mode."""
+def evaluate_window(model: nn.Module, window: Iterable[Batch], world: World, *, compiled: bool = True) -> PendingSums:
+    """Loss sums over the window and all ranks. Collective; does not wait. Leaves the model in training mode."""
     with nullcontext() if compiled else uncompiled(model):
         return _evaluate(model, window, world)
 
 
-def _evaluate(model: nn.Module, window: Iterable[Batch], world: World) -> Mapping[str, LossSum]:
+def _evaluate(model: nn.Module, window: Iterable[Batch], world: World) -> PendingSums:
     sums: dict[str, Tensor] = {}
     weight_here = 0
     model.eval()
@@ -172,8 +180,13 @@ def _evaluate(model: nn.Module, window: Iterable[Batch], world: World) -> Mappin
     figures = torch.stack([weight, *sums.values()])
     if world.world_size > 1:
         dist.all_reduce(figures)
-    weight_total, *totals = figures.tolist()
-    return {name: LossSum(total, int(weight_total)) for name, total in zip(sums, totals, strict=True)}
+    copied, names = _on_host(figures), list(sums)
+
+    def finish() -> Mapping[str, LossSum]:
+        weight_total, *totals = copied.read()
+        return {name: LossSum(total, int(weight_total)) for name, total in zip(names, totals, strict=True)}
+
+    return Pending(finish)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import TrainingFailed
 from ..models.base import ModelSpec, named_unique_parameters
 from ..planning.plan import Plan
-from ..types import Batch, Fragment, LossSum, PendingStep, Reader, Scalars, World
+from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars, World
 from . import common
 from .adamw import FlatAdamW
 from .loss_scale import LossScaler
@@ -104,7 +104,7 @@ class DDPEngine:
     def _gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
         return parameter.grad if self.fp32_gradients is None else self._fp32_views[parameter]
 
-    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> Mapping[str, LossSum]:
+    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> PendingSums:
         return common.evaluate_window(self.model, window, self.world, compiled=compiled)
 
     def predict(self, batch: Batch) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..errors import MissingDependency, TrainingFailed
 from ..models.base import ModelSpec, named_unique_parameters
 from ..planning.plan import Plan
-from ..types import Batch, Fragment, LossSum, PendingStep, Reader, Scalars, World
+from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars, World
 from . import common
 from .deepspeed_config import deepspeed_config
 from .deepspeed_fragments import ReplicatedLayout, ShardedLayout
@@ -113,7 +113,7 @@ class DeepSpeedEngine:
         if self.scaler.enabled:
             self.zero.override_loss_scale(self.scaler.scale.item())
 
-    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> Mapping[str, LossSum]:
+    def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> PendingSums:
         return common.evaluate_window(self.model, window, self.world, compiled=compiled)
 
     def predict(self, batch: Batch) -> Tensor:

@@ -1,8 +1,9 @@
 """Measures what a machine's GPUs reach: the program of ``zerofit plan --calibrate``, one process a GPU.
 
-    python -m zerofit.launch.rates_trial USED_BYTES
+    python -m zerofit.launch.rates_trial FREE_BYTES
 
-USED_BYTES: what the driver showed as used on the first GPU before this process. Each figure is the best of several
+FREE_BYTES: what the driver showed as free on the first GPU before this process (what it shows as used differs between
+NVML, which counts the driver's own reserve, and the CUDA runtime). Each figure is the best of several
 runs: contention only ever slows. Without a GPU it measures the CPU in its place, small; for trying it out.
 """
 
@@ -29,18 +30,18 @@ MIB = 1024**2
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """One rank. Collective."""
-    (used,) = sys.argv[1:] if arguments is None else arguments
+    (free,) = sys.argv[1:] if arguments is None else arguments
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    found: dict[str, Any] = {**_single(device), **_outside(device, int(used), "context_bytes")}
+    found: dict[str, Any] = {**_single(device), **_outside(device, int(free), "context_bytes")}
     found["workspace_bytes"] = torch.cuda.memory_allocated(device) if cuda else None
     if ranks > 1:
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
         found |= _collectives(device, ranks)
-        outside = _outside(device, int(used), "nccl_bytes")
+        outside = _outside(device, int(free), "nccl_bytes")
         found |= {name: max(0, size - found["context_bytes"]) for name, size in outside.items()}
         found |= _transfers(device)  # again, all GPUs at once: they share buses
     found["adam_bytes_a_node"] = adam_bytes_per_second(4 * MIB if cuda else MIB // 4) * ranks
@@ -124,13 +125,13 @@ def best_seconds(work: Callable[[], Tensor | object], device: torch.device) -> f
     return min(seconds[1:])
 
 
-def _outside(device: torch.device, used_bytes: int, name: str) -> dict[str, int]:
+def _outside(device: torch.device, free_before_bytes: int, name: str) -> dict[str, int]:
     """What this process holds on the device outside PyTorch's allocator now."""
     if device.type != "cuda":
         return {name: 0}
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return {name: max(0, total - free - used_bytes - torch.cuda.memory_reserved(device))}
+    free, _ = torch.cuda.mem_get_info(device)
+    return {name: max(0, free_before_bytes - free - torch.cuda.memory_reserved(device))}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from ..config.schema import Config
 from ..engines.base import Engine
 from ..errors import TrainingFailed
 from ..planning.plan import Plan
-from ..types import SAVE, Batch, World
+from ..types import SAVE, Batch, Pending, World
 from .events import EventLog
 from .probe import probe_loss
 from .progress import Display
@@ -46,10 +46,15 @@ class Checkpoints:
     ) -> None:
         self.saver, self.engine, self.config, self.plan, self.world = saver, engine, config, plan, world
         self.data, self.probe, self.events, self.display = data, probe, events, display
+        self._probed: tuple[int, Pending[float]] | None = None
         self._begun_step: int | None = None
         self._stall_seconds: dict[int, float] = {}
         self._missed = False
         self._look_again = 0.0
+
+    def announce(self, step: int) -> None:
+        """Step `step` is on its way and will be saved: start the probe behind it, so that nobody waits for it."""
+        self._probed = step, probe_loss(self.engine, self.probe)
 
     def save(self, progress: Progress, best: bool) -> bool:
         """Begin to save; with ``save_asynchronously`` training goes on meanwhile. False: there is no room."""
@@ -59,7 +64,10 @@ class Checkpoints:
         names = ["latest"]
         names += ["best"] if best else []
         names += ["final"] if progress.step == self.config.max_steps else []
-        state = self._state(progress, probe_loss(self.engine, self.probe))
+        if self._probed is None or self._probed[0] != progress.step:
+            self.announce(progress.step)
+        assert self._probed is not None
+        state = self._state(progress, self._probed[1].read())
         scalars, inputs = self.engine.scalars(), self.probe.inputs
         begun = self.saver.begin(
             Request(progress.step, scalars, state, inputs, tuple(names)),

@@ -72,6 +72,8 @@ class Trainer:
             wishes = self._record(step - 1, pending) if pending else 0
             pending, self.progress.step = following, step + 1
             due = self._pause_is_due(step + 1) or bool(wishes)
+            if self._save_is_due(step + 1):
+                self.checkpoints.announce(step + 1)
             if due or self.world.device.type == "cpu":  # on a CPU the step is done already: nothing to hide
                 wishes |= self._record(step, pending)
                 pending = None

@@ -10,15 +10,16 @@ from safetensors.torch import load_file
 from ..checkpoint.manifest import PROBE
 from ..engines.base import Engine
 from ..tasks.base import Task
-from ..types import Batch
+from ..types import Batch, Pending
 
 #: Relative difference of the probe's loss that rounding explains, by precision.
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 
 
-def probe_loss(engine: Engine, probe: Batch) -> float:
-    """Mean loss of the probe. Collective. Not compiled: its shape is not that of training."""
-    return engine.eval_step([probe], compiled=False)["loss"].mean
+def probe_loss(engine: Engine, probe: Batch) -> Pending[float]:
+    """Mean loss of the probe. Collective; does not wait. Not compiled: its shape is not that of training."""
+    sums = engine.eval_step([probe], compiled=False)
+    return Pending(lambda: sums.read()["loss"].mean)
 
 
 def stored_probe(folder: Path, task: Task) -> Batch | None:

@@ -111,7 +111,7 @@ def tell_start(engine: Engine, source: Source | None, plan: Plan, events: EventL
     if source is None:
         return
     before, probe = source.state.get("probe_loss"), stored_probe(source.folder, task_of(plan.model))
-    now = probe_loss(engine, probe) if probe is not None else None
+    now = probe_loss(engine, probe).read() if probe is not None else None
     world = {key: source.state.get(key) for key in ("strategy", "world_size", "precision")}
     events.write("resumed", folder=str(source.folder), step=source.step, saved_under=world, probe_loss=now,
                  probe_loss_when_saved=before)  # fmt: skip
