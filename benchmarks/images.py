@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -155,20 +156,21 @@ def open_loader(args: argparse.Namespace, read: str) -> tuple[Any, str]:
     return loader, type(loader._reader).__name__
 
 
-def zerofit_batches(args: argparse.Namespace, read: str, *, augment: bool) -> tuple[Iterator[Any], str]:
+def zerofit_batches(args: argparse.Namespace, read: str, *, augment: bool) -> tuple[Generator[Any, None, None], str]:
     """Endless (images, targets), and what decodes."""
     from zerofit.data.augment import Augment
 
     loader, decoder = open_loader(args, read)
     transform = Augment(settings(args), train=True, channels_last=True)
 
-    def batches() -> Iterator[Any]:
-        step = 0
-        while True:
-            (batch,) = loader.window(step)
-            step += 1
-            inputs = transform(batch.inputs) if augment else batch.inputs
-            yield inputs["images"], inputs["targets"]
+    def batches() -> Generator[Any, None, None]:
+        try:
+            for step in itertools.count():
+                (batch,) = loader.window(step)
+                inputs = transform(batch.inputs) if augment else batch.inputs
+                yield inputs["images"], inputs["targets"]
+        finally:
+            loader.close()
 
     return batches(), decoder
 
@@ -230,6 +232,7 @@ def pipeline_alone(args: argparse.Namespace) -> dict[str, Any]:
     for name, augment in (("read", False), ("read_and_augment", True)):
         source, found["reader"] = zerofit_batches(args, args.case, augment=augment)
         found[name] = measure(args, lambda source=source: next(source))  # type: ignore[misc]
+        source.close()
     found["images_per_second"] = found["read_and_augment"]["images_per_second"]
     return found
 

@@ -211,7 +211,13 @@ def nvjpeg(device: torch.device) -> GpuDecoder | None:
 
         probe = torch.frombuffer(bytearray(_small_jpeg()), dtype=torch.uint8)
         decode_jpeg([probe], mode=ImageReadMode.RGB, device=device)
-    except (ImportError, RuntimeError, AttributeError, OSError):  # what a torchvision of another torch raises
+    except (
+        ImportError,
+        RuntimeError,
+        AttributeError,
+        TypeError,
+        OSError,
+    ):  # what a torchvision of another torch raises
         return None
 
     def decoder(encoded: list[Tensor]) -> list[Tensor]:
