@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -230,6 +231,33 @@ def test_hidden_files_other_files_links_and_their_loops(tmp_path: Path) -> None:
         "0.jpg", "1.jpg", "2.jpg", "deep.png", "0.jpg", "1.jpg", "2.jpg", "linked.bmp",
     ]  # fmt: skip
     assert found.others == {".txt": 1}
+
+
+def test_names_of_every_kind(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "in", classes=("épée 🐈", "[bold]dog"), each=3)
+    odd = os.fsdecode(b"\xff\n odd.jpg")
+    (root / "[bold]dog" / "0.jpg").rename(root / "[bold]dog" / odd)
+    _prepare(root, tmp_path / "out")
+    assert ImageStore(tmp_path / "out").classes == ["[bold]dog", "épée 🐈"]
+    assert sum(row["path"].endswith(odd) for row in read_files(tmp_path / "out")) == 1
+    (root / "[bold]dog" / odd).write_bytes(b"")
+    done = _command("data", "prepare", "images", str(root), "--out", str(tmp_path / "new"), "--max-bad-fraction", "0.5")
+    assert (done.returncode, "empty file" in done.stdout, "[bold]dog" in done.stdout) == (0, True, True), done.stderr
+
+
+def test_folders_beside_train_and_val_are_told(tmp_path: Path) -> None:
+    for name, size in (("train", (40, 30)), ("val", (30, 30)), ("test", (20, 20))):
+        write_folder(tmp_path / "in" / name, size=size)
+    assert any("are not read: test" in notice for notice in _prepare(tmp_path / "in", tmp_path / "out").notices)
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*job: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(prepare_module.shards, "check_shard", full)
+    with pytest.raises(DataError, match=r"disk of .*out\.partial is full\. 12 pictures take up to"):
+        _prepare(write_folder(tmp_path / "in"), tmp_path / "out")
 
 
 def test_bad_files_are_left_out_by_name_up_to_a_limit(tmp_path: Path) -> None:

@@ -19,6 +19,11 @@ from .decode import RESIZERS, BadPicture, Limits, Resize, decode
 from .discover import Picture
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def shard_name(number: int) -> str:
     """File of a shard's pixels."""
     return f"pixels-{number:05d}.bin"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -95,13 +96,23 @@ def prepare_images(
             raise DataError(f"{config.path} is not empty and holds no prepared pictures. Choose another --out.")
         if not force:
             return _already_there(config, request, found)
-    cores = workers or len(os.sched_getaffinity(0))
+    cores = workers or shards.usable_cores()
     resize = "torch" if len(found.pictures) >= MANY_PICTURES * cores else "pillow"
     work = _work_folder(config.path, {**request, "resize": resize}, found)
-    checked = _check_all(found, config, work, resize, cores, progress or (lambda *_: None))
-    _refuse_too_many(checked, config)
-    prepared = _finish(found, checked, config, request, resize, work)
-    _publish(work, config.path)
+    try:
+        checked = _check_all(found, config, work, resize, cores, progress or (lambda *_: None))
+        _refuse_too_many(checked, config)
+        prepared = _finish(found, checked, config, request, resize, work)
+        _publish(work, config.path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DataError(
+            f"The disk of {work} is full. {len(found.pictures):,} pictures take up to "
+            f"{len(found.pictures) * 6 * config.cache_size**2 / 2**30:.1f} GiB at cache_size {config.cache_size}. Free "
+            f"some and run the same command again, which goes on; or use a smaller cache_size, another --out, or "
+            f"--no-cache."
+        ) from error
     return prepared
 
 
