@@ -59,6 +59,13 @@ def test_formats(kind: str, within: int) -> None:
     assert np.abs(found.astype(int) - np.asarray(picture)).max() <= within
 
 
+def test_several_pictures_in_a_jpeg_count_as_the_first() -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    found = decode(_encoded(frames[0], "MPO", save_all=True, append_images=frames[1:]), 4096, ANY)
+    assert np.abs(found.pixels.astype(int) - [255, 0, 0]).max() < 6
+    assert found.plain_jpeg
+
+
 def test_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue", "lime")]
     data = _encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
