@@ -96,6 +96,15 @@ def test_a_whole_picture_is_pillows_resize() -> None:
     assert (found - expected).abs().max() <= 1.0  # Pillow rounds after rows and after columns
 
 
+def test_half_precision_weights_are_the_rounded_ones() -> None:
+    """What a GPU multiplies with."""
+    arguments = (torch.tensor([1.5]), torch.tensor([30.0]), torch.tensor([True]), torch.tensor([33]), 40, 16)
+    exact, half = module.triangle(*arguments, torch.float32), module.triangle(*arguments, torch.float16)
+    assert torch.equal(exact.half(), half)
+    assert torch.allclose(exact.sum(-1), torch.ones(1, 16))
+    assert (exact[:, :, 33:] == 0).all()
+
+
 def test_standing_pictures_and_mirrors() -> None:
     picture = draw(24, 40, 4)
     augment = Augment(_config(), train=True)

@@ -13,6 +13,7 @@ import torch
 from pictures import draw, write_animals, write_folder
 from zerofit.config.images import ImageDataConfig
 from zerofit.data.images import loader as loader_module
+from zerofit.data.images import readers
 from zerofit.data.images.ahead import Ahead
 from zerofit.data.images.dataset import ImageDataset, open_images
 from zerofit.data.images.loader import ImageEvaluation, ImageLoader, ReadPlan
@@ -115,7 +116,8 @@ def test_balanced_epochs(prepared: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_files_give_the_cache_s_pixels(prepared: Path, workers: int) -> None:
+def test_files_give_the_cache_s_pixels(prepared: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "DECODED_TOGETHER", 4)
     assert _step(prepared, 1, 1, 6, 2, read="files", num_workers=workers) == _step(prepared, 1, 1, 6, 2)
 
 
@@ -192,11 +194,15 @@ def test_evaluation_counts_each_picture_once(prepared: Path, world: int, batches
     assert len(seen) == len(expected)
 
 
-def test_a_changed_file_stops_the_loader(prepared: Path, tmp_path: Path) -> None:
-    dataset = _dataset(prepared)
-    dataset.store.paths[int(dataset.numbers[0])] = str(tmp_path / "gone.jpg")
-    loader = ImageLoader(dataset, Share(len(dataset.numbers), 1, 0, 1), ReadPlan(read="files", num_workers=0))
-    with pytest.raises(DataError, match=r"gone\.jpg cannot be read any more"):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_changed_file_stops_the_loader(tmp_path: Path, workers: int) -> None:
+    root = write_folder(tmp_path / "in", each=3)
+    config = ImageDataConfig(kind="images", path=tmp_path / "out", prepare=(str(root),), cache_size=16)
+    prepare_images(config, workers=1)
+    for path in root.glob("*/*.jpg"):
+        path.write_bytes(b"")
+    loader = ImageLoader(_dataset(tmp_path / "out"), Share(2, 1, 0, 1), ReadPlan(read="files", num_workers=workers))
+    with pytest.raises(DataError, match=r"^\S+jpg cannot be read any more \(empty file\)[^\n]*$"):
         loader.window(0)
     loader.close()
 

@@ -146,8 +146,8 @@ class Augment:
         batch, _, height, width = pixels.shape
         rows = (box[:, 0], box[:, 2], None)
         columns = (box[:, 1], box[:, 3], flip)
-        vertical = self._triangle(*_where(transposed, columns, rows), lying[:, 0], height, size).to(working)
-        horizontal = self._triangle(*_where(transposed, rows, columns), lying[:, 1], width, size).to(working)
+        vertical = self._triangle(*_where(transposed, columns, rows), lying[:, 0], height, size, working)
+        horizontal = self._triangle(*_where(transposed, rows, columns), lying[:, 1], width, size, working)
         narrow = torch.bmm(pixels.view(batch, 3 * height, width), horizontal.mT).view(batch, 3, height, size)
         out = torch.matmul(vertical[:, None], narrow)
         return torch.where(transposed[:, None, None, None], out.mT, out)
@@ -156,9 +156,10 @@ class Augment:
         if images.device not in self._constants:
             std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
             mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-            self._constants[images.device] = (mean / std, 1 / (255 * std))
+            self._constants[images.device] = (-mean / std, 1 / (255 * std))
         offset, scale = self._constants[images.device]
-        return torch.addcmul(-offset, images.float(), scale).to(self.dtype, memory_format=self.memory_format)
+        out = torch.empty(images.shape, dtype=self.dtype, device=images.device, memory_format=self.memory_format)
+        return torch.addcmul(offset, images, scale, out=out)  # in float32, cast and laid out as it is written
 
 
 Axis = tuple[Tensor, Tensor, "Tensor | None"]
@@ -173,8 +174,10 @@ def _where(transposed: Tensor, if_so: Axis, else_: Axis) -> tuple[Tensor, Tensor
     return start, length, mirrored
 
 
-def triangle(start: Tensor, length: Tensor, mirrored: Tensor, limit: Tensor, pixels: int, size: int) -> Tensor:
-    """(B, size, pixels) float32: weights of each source pixel in each pixel of the result; rows add up to 1.
+def triangle(
+    start: Tensor, length: Tensor, mirrored: Tensor, limit: Tensor, pixels: int, size: int, dtype: torch.dtype
+) -> Tensor:
+    """(B, size, pixels): weights of each source pixel in each pixel of the result; rows add up to 1.
 
     Pillow's bilinear filter (``Resample.c``): a triangle as wide as the shrinking, at least one pixel to each side.
 
@@ -184,6 +187,7 @@ def triangle(start: Tensor, length: Tensor, mirrored: Tensor, limit: Tensor, pix
         limit: (B,) source pixels that are filled; what lies beyond has no weight.
         pixels: of the canvas.
         size: of the result.
+        dtype: of the weights; they are computed in float32.
     """
     scale = length / size
     place = torch.arange(size, device=start.device) + 0.5
@@ -191,9 +195,12 @@ def triangle(start: Tensor, length: Tensor, mirrored: Tensor, limit: Tensor, pix
     inverse = 1 / scale.clamp(min=1)
     centres = (start[:, None] + place * scale[:, None]) * -inverse[:, None]
     source = torch.arange(pixels, device=start.device) + 0.5
-    weights = torch.addcmul(centres[:, :, None], source, inverse[:, None, None]).abs_().neg_().add_(1).clamp_(min=0)
-    weights *= (source < limit[:, None])[:, None, :]
-    return weights.div_(weights.sum(-1, keepdim=True))
+    source = torch.where(source < limit[:, None], source, 1e9)  # too far from everything
+    # Of the size of a batch of pictures: as few passes over memory as it takes.
+    distance = torch.addcmul(centres[:, :, None], source[:, None, :], inverse[:, None, None]).abs_()
+    weights = torch.sub(1, distance, out=distance).clamp_(min=0)
+    out = torch.empty(weights.shape, dtype=dtype, device=weights.device)
+    return torch.div(weights, weights.sum(-1, keepdim=True), out=out)
 
 
 def random_boxes(draws: Tensor, height: Tensor, width: Tensor, config: AugmentConfig) -> Tensor:

@@ -77,7 +77,8 @@ def discover(sources: Sequence[str]) -> Found:
     _refuse_empty(folders, pictures)
     given = len(roots) == 2
     trained = folders.get("train" if given else None, set())
-    return Found(pictures, tuple(sorted(trained)), given, dict(others), _check_classes(folders, given))
+    notices = (*_check_classes(folders, given), *_beside(sources, roots))
+    return Found(pictures, tuple(sorted(trained)), given, dict(others), notices)
 
 
 def _roots(sources: Sequence[str]) -> list[tuple[str | None, Path]]:
@@ -98,6 +99,14 @@ def _roots(sources: Sequence[str]) -> list[tuple[str | None, Path]]:
     if train.is_dir() and validation is not None:
         return [("train", train), ("val", validation)]
     return [(None, train if train.is_dir() and len(_class_folders(paths[0])) == 1 else paths[0])]
+
+
+def _beside(sources: Sequence[str], roots: Sequence[tuple[str | None, Path]]) -> Iterator[str]:
+    """What lies beside ``train`` and ``val``, which might have been meant."""
+    if len(sources) == 1 and len(roots) == 2:
+        more = [name for name in _class_folders(Path(sources[0])) if name not in {root.name for _, root in roots}]
+        if more:
+            yield f"folders beside train and val are not read: {shown(more)}"
 
 
 def _class_folders(root: Path) -> list[str]:

@@ -20,15 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...config.images import ImageDataConfig
 from ...types import Batch
 from ..loader import IGNORE, Share
 from ..order import Indices
 from .ahead import Ahead
 from .dataset import ImageDataset
 from .readers import CacheReader, FilesReader, GpuFilesReader, Reader, nvjpeg
+from .shards import usable_cores
 
 #: Threads that copy out of the cache; more saturate nothing but the interpreter's lock.
 MAX_CACHE_THREADS = 8
+
+#: Windows that are larger wait in page-locked memory, and the engine copies each micro-batch when its turn comes.
+MAX_DEVICE_BYTES_AHEAD = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class ReadPlan:
         if self.num_workers is not None:
             return self.num_workers
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", share.world_size))
-        cores = max(len(os.sched_getaffinity(0)) // ranks_here, 1)
+        cores = max(usable_cores() // ranks_here, 1)
         return min(cores, MAX_CACHE_THREADS) if self.read == "cache" else cores
 
     def open(self, dataset: ImageDataset, share: Share, *, training: bool) -> Reader:
@@ -74,11 +79,22 @@ class ReadPlan:
         return FilesReader(store, workers, prefetch_factor=self.prefetch_factor, pin=self.pin_memory)
 
 
+def read_plan(config: ImageDataConfig, *, on_gpu: bool) -> ReadPlan:
+    """How a rank reads under a configuration; `on_gpu`: it trains on the current GPU."""
+    return ReadPlan(
+        config.read,
+        torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
+        config.num_workers,
+        config.prefetch_factor,
+        on_gpu if config.pin_memory is None else config.pin_memory,
+    )
+
+
 class _Device:
     """Brings batches to a GPU on a stream of its own, and makes the stream that uses them wait."""
 
-    def __init__(self, device: torch.device | None) -> None:
-        self.device = device
+    def __init__(self, device: torch.device | None, *, pin: bool) -> None:
+        self.device, self.pin = device, pin
         self._stream: Any = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
 
     def inside(self) -> AbstractContextManager[object]:
@@ -88,7 +104,7 @@ class _Device:
     def send(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Start the copies."""
         if self.device is None:
-            return inputs
+            return {name: tensor.pin_memory() for name, tensor in inputs.items()} if self.pin else inputs
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
 
     def mark(self) -> Any:
@@ -115,16 +131,18 @@ class ImageLoader:
     def __init__(self, dataset: ImageDataset, share: Share, plan: ReadPlan | None = None) -> None:
         self.dataset, self.share, self.plan = dataset, share, plan or ReadPlan()
         self._reader = self.plan.open(dataset, share, training=True)
-        self._device = _Device(self.plan.device)
+        stays = isinstance(self._reader, CacheReader | FilesReader) and self.bytes_ahead > MAX_DEVICE_BYTES_AHEAD
+        self._device = _Device(None if stays else self.plan.device, pin=self.plan.pin_memory)
         self._ahead: Ahead[tuple[list[Batch], Any]] | None = None
         self._next_step = -1
 
     @property
     def bytes_ahead(self) -> int:
-        """Of the pictures that lie on the device, or in page-locked memory, before they are used."""
+        """Of the windows that are made, on the device (or on the CPU above `MAX_DEVICE_BYTES_AHEAD`), the one in use
+        included. Files that a GPU decodes may take more: their canvas is that of the largest picture of the batch."""
         height, width = self.dataset.store.canvas
         window = self.share.micro_batch * self.share.accumulation_steps * height * width * 3
-        return window * (self.plan.prefetch_factor + 1)
+        return window * (self.plan.prefetch_factor + 2)  # used, waiting, and one in the making
 
     def window(self, step: int) -> list[Batch]:
         """The accumulation window of `step`: ``accumulation_steps`` batches of ``micro_batch`` samples.
@@ -197,7 +215,7 @@ class ImageEvaluation(Sequence[Batch]):
         self.places = dataset.spread_indices(
             len(dataset.numbers) if batches is None else batches * share.micro_batch * share.world_size
         )
-        self._device = _Device(self.plan.device)
+        self._device = _Device(self.plan.device, pin=self.plan.pin_memory)
 
     def __len__(self) -> int:
         return -(-len(self.places) // (self.share.micro_batch * self.share.world_size))

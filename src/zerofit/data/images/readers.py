@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import tee
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import DataError
+from ...errors import DataError, ZerofitError
 from ..order import Indices
-from .decode import MAX_ASPECT, BadPicture, Limits, decode
+from .decode import MAX_ASPECT, RESIZERS, BadPicture, Limits, decode
 from .store import ImageStore
 
-#: Pictures that a thread copies at a time.
-COPIED_TOGETHER = 16
+_log = logging.getLogger(__name__)
+
+#: Pictures that a thread copies at a time, and that a process decodes.
+COPIED_TOGETHER, DECODED_TOGETHER = 16, 32
 
 #: What the accepted files were checked with no longer matters when they are read again.
 ANYTHING = Limits(min_side=1, max_pixels=1 << 62)
@@ -39,6 +44,10 @@ class Reader(Protocol):
 def empty_canvas(samples: int, height: int, width: int, *, pin: bool) -> Tensor:
     """(samples, height, width, 3) uint8, not filled."""
     return torch.empty((samples, height, width, 3), dtype=torch.uint8, pin_memory=pin)
+
+
+def _parts(numbers: Indices, size: int) -> list[Indices]:
+    return [numbers[first : first + size] for first in range(0, len(numbers), size)]
 
 
 def sizes_of(store: ImageStore, numbers: Indices) -> Tensor:
@@ -68,8 +77,10 @@ class CacheReader:
         """(B, H, W, 3) uint8."""
         canvas = empty_canvas(len(numbers), *self.store.canvas, pin=self.pin)
         out = canvas.numpy()
-        parts = [slice(first, first + COPIED_TOGETHER) for first in range(0, len(numbers), COPIED_TOGETHER)]
-        waiting: list[Future[None]] = [self._pool.submit(self.store.gather, numbers[part], out[part]) for part in parts]
+        waiting: list[Future[None]] = [
+            self._pool.submit(self.store.gather, numbers[first : first + COPIED_TOGETHER], out[first:])
+            for first in range(0, len(numbers), COPIED_TOGETHER)
+        ]
         for future in waiting:
             future.result()
         return canvas
@@ -83,37 +94,60 @@ class FilesReader:
 
     Args:
         workers: processes; 0 decodes here.
-        prefetch_factor: batches that a process reads ahead.
+        prefetch_factor: pieces of `DECODED_TOGETHER` pictures that a process reads ahead; they lie in shared memory.
     """
 
     def __init__(self, store: ImageStore, workers: int, *, prefetch_factor: int, pin: bool) -> None:
-        self.files, self.workers, self.prefetch_factor, self.pin = _Files(store), workers, prefetch_factor, pin
+        self.store, self.workers, self.prefetch_factor, self.pin = store, workers, prefetch_factor, pin
 
     def batches(self, numbers: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
+        wanted, asked = tee(numbers)
+        pieces = self._pieces(part for batch in asked for part in _parts(batch, DECODED_TOGETHER))
+        for batch in wanted:
+            canvas = empty_canvas(len(batch), *self.store.canvas, pin=self.pin)
+            for part in _parts(np.arange(len(batch)), DECODED_TOGETHER):
+                canvas[part[0] : part[-1] + 1] = next(pieces)
+            yield canvas, sizes_of(self.store, batch)
+
+    def _pieces(self, parts: Iterator[Indices]) -> Iterator[Tensor]:
+        """Canvases of a few pictures each, in order.
+
+        Raises:
+            DataError: a file has changed since it was prepared.
+            ZerofitError: a process died.
+        """
         more: dict[str, Any] = {}
         if self.workers:
             # Fresh processes: a fork would inherit this one's threads' locks and its GPU.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             more = {"multiprocessing_context": context, "prefetch_factor": self.prefetch_factor}
-        chosen: Any = _Batches(numbers)
+        chosen: Any = _Batches(parts)
         loader: Any = torch.utils.data.DataLoader(
-            self.files,
+            _Files(self.store),
             batch_sampler=chosen,
             num_workers=self.workers,
             collate_fn=_as_is,
-            worker_init_fn=_leave_signals_alone,
-            pin_memory=self.pin,
+            worker_init_fn=_start_worker,
             **more,
         )
-        yield from loader
+        try:
+            yield from loader
+        except DataError as error:  # a worker's comes with its traceback as text
+            raise DataError(str(error).rpartition("DataError: ")[2].strip()) from None
+        except RuntimeError as error:
+            raise ZerofitError(
+                f"A process that decodes pictures died ({error}). If shared memory ran out, give the machine or the "
+                f"container a larger /dev/shm; else lower data.num_workers (0 decodes in the rank itself), or train "
+                f"from the cache."
+            ) from error
 
     def close(self) -> None:
         """Processes end with their iterator."""
 
 
 class _Batches(torch.utils.data.Sampler[Indices]):
-    """Batches as they are given; DataLoader hands each to a worker whole."""
+    """Parts as they are given; DataLoader hands each to a worker whole."""
 
     def __init__(self, batches: Iterable[Indices]) -> None:
         self._batches = batches
@@ -122,17 +156,17 @@ class _Batches(torch.utils.data.Sampler[Indices]):
         return iter(self._batches)
 
 
-class _Files(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """What a worker does: a batch of files, whole."""
+class _Files(torch.utils.data.Dataset[Tensor]):
+    """What a worker does: some files, to canvases."""
 
     def __init__(self, store: ImageStore) -> None:
         self.store = store
 
-    def __getitems__(self, numbers: Indices) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, numbers: Indices) -> Tensor:
         canvas = empty_canvas(len(numbers), *self.store.canvas, pin=False)
         for number, pixels in zip(numbers.tolist(), canvas.numpy(), strict=True):
             decode_file(self.store, number, pixels)
-        return canvas, sizes_of(self.store, numbers)
+        return canvas
 
 
 def decode_file(store: ImageStore, number: int, out: np.ndarray[Any, Any]) -> None:
@@ -143,7 +177,8 @@ def decode_file(store: ImageStore, number: int, out: np.ndarray[Any, Any]) -> No
     """
     path, record = store.paths[number], store.index[number]
     try:
-        pixels = decode(Path(path).read_bytes(), store.meta["request"]["cache_size"], ANYTHING).pixels
+        size, resize = store.meta["request"]["cache_size"], RESIZERS[store.meta["resize"]]
+        pixels = decode(Path(path).read_bytes(), size, ANYTHING, resize).pixels
     except (OSError, BadPicture) as error:
         raise DataError(
             f"{path} cannot be read any more ({error}). Prepare the pictures again with --force."
@@ -158,9 +193,10 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_alone(_: int) -> None:
+def _start_worker(_: int) -> None:
     """Ctrl-C reaches every process of a terminal; the rank decides when its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # Pillow's, of metadata: the files were checked
     torch.set_num_threads(1)
 
 
@@ -175,7 +211,13 @@ def nvjpeg(device: torch.device) -> GpuDecoder | None:
 
         probe = torch.frombuffer(bytearray(_small_jpeg()), dtype=torch.uint8)
         decode_jpeg([probe], mode=ImageReadMode.RGB, device=device)
-    except (ImportError, RuntimeError, AttributeError, OSError):  # what a torchvision of another torch raises
+    except (
+        ImportError,
+        RuntimeError,
+        AttributeError,
+        TypeError,
+        OSError,
+    ):  # what a torchvision of another torch raises
         return None
 
     def decoder(encoded: list[Tensor]) -> list[Tensor]:
@@ -210,6 +252,7 @@ class GpuFilesReader:
         self.store, self.device, self.decoder = store, device, decoder
         self.size = int(store.meta["request"]["cache_size"])
         self._pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="zerofit-files")
+        self._told = False
 
     def batches(self, numbers: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
         source = iter(numbers)
@@ -222,8 +265,7 @@ class GpuFilesReader:
     def _submit(self, numbers: Indices | None) -> tuple[Indices, list[Future[list[Tensor]]]] | None:
         if numbers is None:
             return None
-        parts = [numbers[first : first + COPIED_TOGETHER] for first in range(0, len(numbers), COPIED_TOGETHER)]
-        return numbers, [self._pool.submit(self._load, part) for part in parts]
+        return numbers, [self._pool.submit(self._load, part) for part in _parts(numbers, COPIED_TOGETHER)]
 
     def _load(self, numbers: Indices) -> list[Tensor]:
         """A JPEG's bytes, (n,) uint8; the pixels of anything else, (H, W, 3) as the cache would hold them."""
@@ -249,26 +291,41 @@ class GpuFilesReader:
 
     def _decode(self, numbers: Indices, encoded: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Canvases and sizes on the device."""
-        jpegs = [place for place, data in enumerate(encoded) if data.ndim == 1]
-        pixels: dict[int, Tensor] = {}
-        try:
-            decoded = self.decoder([encoded[place] for place in jpegs]) if jpegs else []
-            pixels.update(zip(jpegs, decoded, strict=True))
-        except RuntimeError:  # a file that Pillow reads and this decoder does not: it does not say which
-            encoded = [self._decode_here(int(n)) if e.ndim == 1 else e for n, e in zip(numbers, encoded, strict=True)]
+        pixels = self._decode_jpegs(numbers, encoded)
+        rows = self.store.index[numbers]
         lying, sizes = [], []
-        for place, number in enumerate(numbers.tolist()):
+        turns = zip(rows["orientation"].tolist(), rows["transposed"].tolist(), strict=True)
+        for place, (orientation, transposed) in enumerate(turns):
             if place in pixels:
-                picture, transposed = self._lying(pixels[place], int(self.store.index[number]["orientation"]))
+                picture, transposed = self._lying(pixels[place], orientation)
             else:
                 picture = encoded[place].to(self.device, non_blocking=True).permute(2, 0, 1)
-                transposed = bool(self.store.index[number]["transposed"])
             lying.append(picture)
             sizes.append((picture.shape[1], picture.shape[2], int(transposed)))
-        height, width = max(s[0] for s in sizes), max(s[1] for s in sizes)
+        height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
         canvas = torch.empty((len(lying), 3, height, width), dtype=torch.uint8, device=self.device)
-        torch._foreach_copy_([canvas[i, :, : s[0], : s[1]] for i, s in enumerate(sizes)], lying)
+        filled = [
+            whole if size[:2] == (height, width) else whole[:, : size[0], : size[1]]
+            for whole, size in zip(canvas.unbind(), sizes, strict=True)
+        ]
+        torch._foreach_copy_(filled, lying)
         return canvas.permute(0, 2, 3, 1), torch.tensor(sizes, dtype=torch.int32).to(self.device, non_blocking=True)
+
+    def _decode_jpegs(self, numbers: Indices, encoded: list[Tensor]) -> dict[int, Tensor]:
+        """Place -> (3, H, W) on the device, of what is a JPEG. Where the decoder refuses, Pillow decodes in its stead,
+        and what it made takes the place of the bytes in `encoded`."""
+        jpegs = [place for place, data in enumerate(encoded) if data.ndim == 1]
+        try:
+            return dict(zip(jpegs, self.decoder([encoded[place] for place in jpegs]) if jpegs else [], strict=True))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # it does not say which file
+            if not self._told:
+                _log.warning("The GPU's decoder refused a batch, and Pillow decodes such batches: %s", error)
+                self._told = True
+            for place in jpegs:
+                encoded[place] = self._decode_here(int(numbers[place]))
+            return {}
 
     def _lying(self, picture: Tensor, orientation: int) -> tuple[Tensor, bool]:
         """(3, H, W) turned upright, shrunk where it is large, with width >= height; and whether it was transposed."""
@@ -286,9 +343,10 @@ class GpuFilesReader:
             picture = small[0].round().to(torch.uint8)
             height, width = shape
         most = int(MAX_ASPECT * min(height, width))
-        top, left = max(height - most, 0) // 2, max(width - most, 0) // 2
-        picture = picture[:, top : top + min(height, most), left : left + min(width, most)]
-        return (picture.transpose(1, 2), True) if picture.shape[1] > picture.shape[2] else (picture, False)
+        if max(height, width) > most:
+            top, left = max(height - most, 0) // 2, max(width - most, 0) // 2
+            picture = picture[:, top : top + min(height, most), left : left + min(width, most)]
+        return (picture.transpose(1, 2), True) if height > width else (picture, False)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

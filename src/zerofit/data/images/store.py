@@ -21,6 +21,7 @@ from ...config.images import ImageDataConfig
 from ...errors import DataError
 from .decode import Pixels
 from .discover import discover, shown
+from .shards import shard_name
 
 META, FILES, INDEX = "meta.json", "files.jsonl", "index.npy"
 FORMAT = 1
@@ -40,11 +41,6 @@ RECORD = np.dtype([
     ("shard", "<i4"),
     ("offset", "<i8"),  # bytes
 ])  # fmt: skip
-
-
-def shard_name(number: int) -> str:
-    """File of a shard's pixels."""
-    return f"pixels-{number:05d}.bin"
 
 
 def is_prepared_images(folder: Path) -> bool:
@@ -147,10 +143,10 @@ class ImageStore:
         return self._slice(int(record["shard"]), int(record["offset"]), int(record["height"]), int(record["width"]))
 
     def gather(self, numbers: NDArray[np.int64], out: Pixels) -> None:
-        """Copy pictures into the upper left of the canvases `out` (len(numbers), H, W, 3); the rest is left as is."""
+        """Copy pictures into the upper left of the first canvases of `out` (.., H, W, 3); the rest is left as is."""
         records = self.index[numbers]
         places = zip(*(records[name].tolist() for name in ("shard", "offset", "height", "width")), strict=True)
-        for canvas, (shard, offset, height, width) in zip(out, places, strict=True):
+        for canvas, (shard, offset, height, width) in zip(out, places, strict=False):
             canvas[:height, :width] = self._slice(shard, offset, height, width)
 
     def _slice(self, shard: int, offset: int, height: int, width: int) -> Pixels:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -9,11 +10,12 @@ import os
 import platform
 import random
 import shutil
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,18 @@ import numpy as np
 
 from ...config.images import ImageDataConfig
 from ...errors import DataError, ZerofitError
-from ..images.decode import BadPicture, Limits, decode, import_pillow
-from ..images.discover import Found, Picture, discover, shown
-from ..images.store import FILES, FORMAT, INDEX, META, RECORD, SPLITS, is_prepared_images, read_images_meta, shard_name
+from ..images import shards
+from ..images.decode import Limits, import_pillow
+from ..images.discover import Found, discover, shown
+from ..images.shards import Checked, read_shard, shard_rows
+from ..images.store import FILES, FORMAT, INDEX, META, RECORD, SPLITS, is_prepared_images, read_images_meta
 
 #: Pictures of a shard at least, and shards at most: a shard is the unit of work, and what an interruption costs.
 SHARD_PICTURES, MAX_SHARDS = 64, 1024
 #: Pictures below which starting processes costs more than it saves.
 FEW_PICTURES = 256
+#: Pictures a worker from which torch's faster filter outweighs the seconds of its import.
+MANY_PICTURES = 2_000
 #: Largest class to smallest from which balanced sampling is worth a thought.
 IMBALANCE_TOLD = 3.0
 
@@ -63,16 +69,6 @@ class PreparedImages:
         return f"{self.folder}: {counts}, {len(self.classes)} classes, cache {self.cache_bytes / 2**20:,.0f} MiB"
 
 
-@dataclass
-class Checked:
-    """A picture after it was read: its row, or why it is left out."""
-
-    picture: Picture
-    sha256: str = ""
-    record: dict[str, int] = field(default_factory=dict)
-    reason: str = ""
-
-
 def prepare_images(
     config: ImageDataConfig, *, force: bool = False, workers: int | None = None, progress: Progress | None = None
 ) -> PreparedImages:
@@ -100,11 +96,23 @@ def prepare_images(
             raise DataError(f"{config.path} is not empty and holds no prepared pictures. Choose another --out.")
         if not force:
             return _already_there(config, request, found)
-    work = _work_folder(config.path, request, found)
-    checked = _check_all(found, config, work, workers or len(os.sched_getaffinity(0)), progress or (lambda *_: None))
-    _refuse_too_many(checked, config)
-    prepared = _finish(found, checked, config, request, work)
-    _publish(work, config.path)
+    cores = workers or shards.usable_cores()
+    resize = "torch" if len(found.pictures) >= MANY_PICTURES * cores else "pillow"
+    work = _work_folder(config.path, {**request, "resize": resize}, found)
+    try:
+        checked = _check_all(found, config, work, resize, cores, progress or (lambda *_: None))
+        _refuse_too_many(checked, config)
+        prepared = _finish(found, checked, config, request, resize, work)
+        _publish(work, config.path)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DataError(
+            f"The disk of {work} is full. {len(found.pictures):,} pictures take up to "
+            f"{len(found.pictures) * 6 * config.cache_size**2 / 2**30:.1f} GiB at cache_size {config.cache_size}. Free "
+            f"some and run the same command again, which goes on; or use a smaller cache_size, another --out, or "
+            f"--no-cache."
+        ) from error
     return prepared
 
 
@@ -142,38 +150,49 @@ def _work_folder(folder: Path, request: dict[str, Any], found: Found) -> Path:
     return work
 
 
-def _check_all(found: Found, config: ImageDataConfig, work: Path, workers: int, progress: Progress) -> list[Checked]:
+def _check_all(
+    found: Found, config: ImageDataConfig, work: Path, resize: str, workers: int, progress: Progress
+) -> list[Checked]:
     """Every picture checked, in the order of `found`."""
     pictures = found.pictures
     size = max(SHARD_PICTURES, -(-len(pictures) // MAX_SHARDS))
-    shards = [pictures[first : first + size] for first in range(0, len(pictures), size)]
-    limits, kept = Limits(config.min_side, config.max_pixels), config.cache_size if config.read == "cache" else 0
+    cut = [pictures[first : first + size] for first in range(0, len(pictures), size)]
+    limits = Limits(config.min_side, config.max_pixels)
     jobs = [
-        (shard, number, work, limits, config.cache_size, kept > 0)
-        for number, shard in enumerate(shards)
-        if not _shard_rows(work, number).exists()
+        (shard, number, work, limits, config.cache_size, resize, config.read == "cache")
+        for number, shard in enumerate(cut)
+        if not shard_rows(work, number).exists()
     ]
     done = len(pictures) - sum(len(job[0]) for job in jobs)
     progress(done, len(pictures))
     few = sum(len(job[0]) for job in jobs) < FEW_PICTURES
-    for finished in _run_here(jobs) if few or workers == 1 else _run_in_processes(jobs, workers):
-        done += finished
+    rows: dict[int, list[Checked]] = {}
+    for number in _run_here(jobs) if few or workers == 1 else _run_in_processes(jobs, resize, workers):
+        rows[number] = list(read_shard(work, number, cut[number]))  # while the processes go on
+        done += len(cut[number])
         progress(done, len(pictures))
-    return [checked for number, shard in enumerate(shards) for checked in _read_shard(work, number, shard)]
+    kept = ((number, shard) for number, shard in enumerate(cut) if number not in rows)
+    rows |= {number: list(read_shard(work, number, shard)) for number, shard in kept}
+    return [checked for number in range(len(cut)) for checked in rows[number]]
 
 
 def _run_here(jobs: Sequence[tuple[Any, ...]]) -> Iterator[int]:
     for job in jobs:
-        yield check_shard(*job)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            done = shards.check_shard(*job)
+        yield done
 
 
-def _run_in_processes(jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[int]:
+def _run_in_processes(jobs: Sequence[tuple[Any, ...]], resize: str, workers: int) -> Iterator[int]:
     """Shards in fresh processes, few ahead of the workers so that an interruption is answered soon."""
-    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("forkserver")) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([shards.__name__, *(["torch"] if resize == "torch" else [])])
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=shards.start_worker) as pool:
         waiting: set[Future[int]] = set()
         try:
             for job in jobs:
-                waiting.add(pool.submit(check_shard, *job))
+                waiting.add(pool.submit(shards.check_shard, *job))
                 if len(waiting) >= 2 * workers:
                     finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in finished)
@@ -186,58 +205,6 @@ def _run_in_processes(jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _shard_rows(work: Path, number: int) -> Path:
-    return work / f"rows-{number:05d}.json"
-
-
-def check_shard(
-    pictures: Sequence[Picture], number: int, work: Path, limits: Limits, size: int, keep_pixels: bool
-) -> int:
-    """Read, check and shrink some pictures; write their pixels, then their rows. Returns how many there were."""
-    rows: list[dict[str, Any]] = []
-    offset = 0
-    unfinished = work / f"{shard_name(number)}.{os.getpid()}"
-    with unfinished.open("wb", buffering=1 << 22) as out:
-        for picture in pictures:
-            checked = _check(picture, limits, size)
-            if not isinstance(checked, tuple):
-                rows.append({"reason": checked.reason})
-                continue
-            row, pixels = checked
-            record = {**row.record, "shard": number, "offset": offset}
-            rows.append({"sha256": row.sha256, "record": record})
-            if keep_pixels:
-                offset += out.write(pixels)
-    unfinished.replace(work / shard_name(number))
-    text = work / f"rows-{number:05d}.{os.getpid()}"
-    text.write_text(json.dumps(rows), encoding="utf-8")
-    text.replace(_shard_rows(work, number))
-    return len(pictures)
-
-
-def _check(picture: Picture, limits: Limits, size: int) -> Checked | tuple[Checked, bytes]:
-    try:
-        data = Path(picture.path).read_bytes()
-        decoded = decode(data, size, limits)
-    except BadPicture as error:
-        return Checked(picture, reason=str(error))
-    except OSError as error:
-        return Checked(picture, reason=f"unreadable: {error.strerror}")
-    height, width = decoded.pixels.shape[:2]
-    record = {
-        "transposed": int(decoded.transposed), "orientation": decoded.orientation, "height": height, "width": width,
-        "plain_jpeg": int(decoded.plain_jpeg), "source_height": decoded.source_height,
-        "source_width": decoded.source_width,
-    }  # fmt: skip
-    return Checked(picture, hashlib.sha256(data).hexdigest(), record), decoded.pixels.tobytes()
-
-
-def _read_shard(work: Path, number: int, pictures: Sequence[Picture]) -> Iterator[Checked]:
-    rows = json.loads(_shard_rows(work, number).read_text(encoding="utf-8"))
-    for picture, row in zip(pictures, rows, strict=True):
-        yield Checked(picture, row.get("sha256", ""), row.get("record", {}), row.get("reason", ""))
 
 
 def _refuse_too_many(checked: Sequence[Checked], config: ImageDataConfig) -> None:
@@ -253,7 +220,7 @@ def _refuse_too_many(checked: Sequence[Checked], config: ImageDataConfig) -> Non
 
 
 def _finish(
-    found: Found, checked: Sequence[Checked], config: ImageDataConfig, request: dict[str, Any], work: Path
+    found: Found, checked: Sequence[Checked], config: ImageDataConfig, request: dict[str, Any], resize: str, work: Path
 ) -> PreparedImages:
     """Split, drop what would leak, and write the index, the list of files and last the meta."""
     good = [row for row in checked if not row.reason]
@@ -268,13 +235,13 @@ def _finish(
         counts[row.picture.class_name][split or ""] += 1
     _refuse_emptied(counts, skipped)
     notices = [*found.notices, *notices, *_told(counts, found)]
-    shards = [path.stat().st_size for path in sorted(work.glob("pixels-*.bin"))] if request["pixels"] else []
+    sizes = [path.stat().st_size for path in sorted(work.glob("pixels-*.bin"))] if request["pixels"] else []
     digests = _write_files(work, kept, found.classes)
     meta = {
         "format": FORMAT, "kind": "images", "request": request, "classes": list(found.classes), "counts": counts,
         "files": len(kept), "files_digest": found.digest, "split": "folders" if found.given_split else "made here",
         "splits": {s: {"samples": sum(c[s] for c in counts.values()), "sha256": digests[s]} for s in SPLITS},
-        "skipped": skipped, "other_files": found.others, "notices": notices, "shards": shards,
+        "resize": resize, "skipped": skipped, "other_files": found.others, "notices": notices, "shards": sizes,
         "versions": {"python": platform.python_version(), "pillow": import_pillow().__version__,
                      "numpy": np.__version__},
     }  # fmt: skip
@@ -363,18 +330,21 @@ def _told(counts: dict[str, dict[str, int]], found: Found) -> Iterator[str]:
 def _write_files(work: Path, kept: Sequence[tuple[Checked, str | None]], classes: Sequence[str]) -> dict[str, str]:
     """``index.npy`` and ``files.jsonl``; returns a hash of each split's contents and classes."""
     labels = {name: label for label, name in enumerate(classes)}
-    index = np.zeros(len(kept), RECORD)
     digests = {split: hashlib.sha256() for split in SPLITS}
+    rows = []
     with (work / FILES).open("w", encoding="ascii") as out:
-        for place, (row, split) in enumerate(kept):
+        for row, split in kept:
             assert split is not None
-            values = {**row.record, "label": labels[row.picture.class_name], "split": SPLITS.index(split)}
-            for name, value in values.items():
-                index[name][place] = value
-            digests[split].update(f"{row.sha256}:{row.picture.class_name}\n".encode("utf-8", "surrogateescape"))
-            line = {"path": row.picture.path, "split": split, "class": row.picture.class_name,
-                    "bytes": row.picture.bytes, "mtime_ns": row.picture.mtime_ns, "sha256": row.sha256}  # fmt: skip
+            picture = row.picture
+            values = {**row.record, "label": labels[picture.class_name], "split": SPLITS.index(split)}
+            rows.append(tuple(values[name] for name in RECORD.names or ()))
+            digests[split].update(f"{row.sha256}:{picture.class_name}\n".encode("utf-8", "surrogateescape"))
+            line = {
+                "path": picture.path, "split": split, "class": picture.class_name, "bytes": picture.bytes,
+                "mtime_ns": picture.mtime_ns, "sha256": row.sha256,
+            }  # fmt: skip
             out.write(json.dumps(line) + "\n")
+    index = np.array(rows, RECORD)
     np.save(work / INDEX, index)
     return {split: digest.hexdigest() for split, digest in digests.items()}
 
