@@ -12,11 +12,15 @@ from importlib.resources import files
 
 import yaml
 
-from zerofit.config.models import GPT2Config
+from zerofit.config.images import ImageDataConfig
+from zerofit.config.load import load_config
+from zerofit.config.models import GPT2Config, ResNetConfig
 from zerofit.planning import store
+from zerofit.planning.candidates import CHECKPOINTING
 from zerofit.planning.plan import Plan
 from zerofit.planning.store import TraceKey, trace_key
 
+IMAGE_PRESETS = ("animals90",)
 PRESETS = ("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "shakespeare_char")
 #: Vocabulary of the preset that takes its own from the text.
 SHAKESPEARE_CHARACTERS = 76
@@ -32,9 +36,31 @@ def main() -> None:
         print(f"{path.name}: {path.stat().st_size:,} bytes")
 
 
+def image_keys() -> Iterator[tuple[str, Plan, TraceKey]]:
+    """Of the image presets: on GPUs in half precision, eager, with none and every n-th block recomputed."""
+    for preset in IMAGE_PRESETS:
+        config = load_config(None, preset).config
+        assert isinstance(config.model, ResNetConfig)
+        assert isinstance(config.data, ImageDataConfig)
+        model = config.model.model_copy(update={"input_size": config.data.image_size})
+        plan = Plan(
+            model=model,
+            parameters=model.parameter_count(),
+            strategy="single",
+            device="cuda",
+            world_size=1,
+            micro_batch=1,
+            accumulation_steps=1,
+            precision="bf16",
+        )
+        for every in sorted(CHECKPOINTING):
+            yield preset, plan, trace_key(plan, recompute=every)
+
+
 def shipped_keys() -> Iterator[tuple[str, Plan, TraceKey]]:
     """(preset, plan, key) of every trace that is shipped: the presets' models, on GPUs in half precision, eager and
     compiled; the one that is meant for CPUs, there in fp32."""
+    yield from image_keys()
     for preset in PRESETS:
         text = files("zerofit.config.presets").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
         shape = {"vocab_size": SHAKESPEARE_CHARACTERS, **yaml.safe_load(text)["model"]}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -232,11 +235,11 @@ def test_a_run_leaves_accuracy_classes_history_and_checkpoints(trained: Path) ->
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_another_strategy_goes_on_where_the_run_stopped(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    again = ["train", str(trained / "small.json"), "--name", "single", "--strategy", "single", "--num_gpus", "1"]
-    assert run_verb(monkeypatch, *again, "--micro_batch", "4", "--max_steps", "4") == 0
-    assert run_verb(monkeypatch, *again, "--micro_batch", "4", "--resume", "latest") == 0
+def test_another_strategy_goes_on_where_the_run_stopped(trained: Path) -> None:
+    again = [sys.executable, "-m", "zerofit.cli.main", "train", str(trained / "small.json"), "--name", "single"]
+    again += ["--strategy", "single", "--num_gpus", "1", "--micro_batch", "4"]
+    for more in (["--max_steps", "4"], ["--resume", "latest"]):
+        subprocess.run([*again, *more], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     ours, theirs = (events_of(trained / "runs" / name, "step") for name in ("single", "small"))
     assert [event["step"] for event in ours] == list(range(1, 9))
     # The same pictures, crops and micro-batches; the schedule of the first half was another.
