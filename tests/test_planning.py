@@ -167,3 +167,51 @@ def test_the_probe_reads_this_machine() -> None:
     found = probe()
     assert found.cpu_cores >= 1
     assert math.log2(found.host_memory_bytes) > 28
+
+
+SMALL_STATES = {"model": XL, "global_batch": 32, "precision": "bf16", "activation_checkpointing": "full"}
+
+
+def test_low_bit_states_are_a_remedy_with_their_cost() -> None:
+    """On one 15 GB card GPT-2 XL needs 16 bytes a parameter; bf16 masters and 8-bit moments need 6."""
+    with pytest.raises(DoesNotFit) as refused:
+        choose(config(**SMALL_STATES, offload="none"), machine(1, 15))
+    assert "bf16 master and 8-bit moments" in str(refused.value)
+    assert "rounding noise" in str(refused.value)
+    assert "--optimizer.state 8bit --optimizer.master bf16" in str(refused.value)
+
+
+def test_auto_states_take_what_loses_least_and_fits() -> None:
+    wish = {**SMALL_STATES, "offload": "none", "optimizer": {"state": "auto", "master": "auto"}}
+    found = {
+        gib: (plan.optimizer.state, plan.optimizer.master)
+        for gib in (80, 24, 15)
+        for plan in [choose(config(**wish), machine(1, gib)).plan]
+    }
+    assert found == {80: ("fp32", "fp32"), 24: ("8bit", "fp32"), 15: ("8bit", "bf16")}
+
+
+def test_optimizers_of_whole_matrices_take_no_sharding() -> None:
+    choice = choose(config(optimizer={"kind": "muon"}), machine(4, 80))
+    assert {candidate.plan.strategy for candidate in choice.candidates if candidate.asked} == {"ddp"}
+    assert choice.plan.optimizer.momentum == 0.95
+    with pytest.raises(ConfigError, match="only single and ddp leave matrices whole"):
+        choose(config(optimizer={"kind": "muon"}, offload="cpu"), machine(4, 80))
+
+
+def test_states_are_counted_once_for_each_optimizer() -> None:
+    """GPT-2 XL, bytes a parameter under DDP in bf16: 4 with copy and gradients, and what the optimizer keeps."""
+    wishes: dict[str, dict[str, object]] = {
+        "adamw": {},
+        "lion": {"optimizer": {"kind": "lion"}},
+        "adafactor": {"optimizer": {"kind": "adafactor"}},
+        "muon": {"optimizer": {"kind": "muon"}},
+        "8bit": {"optimizer": {"state": "8bit"}},
+        "ema": {"ema_decay": 0.999},
+    }
+    kept = {}
+    for name, wish in wishes.items():
+        plan = choose(config(XL, global_batch=32, precision="bf16", strategy="ddp", **wish), machine(4, 140)).plan
+        kept[name] = sum(plan.state_bytes.values()) / plan.parameters
+    expected = {"adamw": 16, "lion": 12, "adafactor": 8, "muon": 12.2, "8bit": 10.03, "ema": 20}
+    assert kept == pytest.approx(expected, rel=0.01)

@@ -92,7 +92,8 @@ class World:
 #: Bits of ``wishes``: what a rank asks of all ranks. A wish of any rank is agreed by all, in `StepResult.wishes`.
 STOP = 1
 SAVE = 2
-WISHES = (STOP, SAVE)
+FINISH = 4
+WISHES = (STOP, SAVE, FINISH)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,10 @@ class Block:
         """Let the GPU begin to copy, on `stream`; on the CPU `complete` copies."""
         if stream is None:
             return
+        # A low-bit state comes as a copy that was decoded a moment ago and that nobody else keeps.
+        stream.wait_stream(torch.cuda.current_stream())
+        for run in self._runs:
+            run.first.record_stream(stream)
         with torch.cuda.stream(stream):
             self._copy()
         self._copied = stream.record_event()

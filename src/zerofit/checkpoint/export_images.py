@@ -23,7 +23,7 @@ from .export import Exported
 from .manifest import make_durable
 from .model import load_model
 from .outgoing import DTYPES
-from .store import Saved
+from .source import Source
 
 #: Of ONNX's operators; old enough for runtimes of some years.
 OPSET = 18
@@ -31,7 +31,9 @@ OPSET = 18
 TOLERANCE = 1e-3
 
 
-def export_classifier(saved: Saved, model: ImageModelShape, out: Path, *, to: str, dtype: str, force: bool) -> Exported:
+def export_classifier(
+    saved: Source, model: ImageModelShape, out: Path, *, to: str, dtype: str, force: bool
+) -> Exported:
     """Write `saved` to the file `out`.
 
     Args:
@@ -75,7 +77,7 @@ def export_classifier(saved: Saved, model: ImageModelShape, out: Path, *, to: st
     )
 
 
-def _facts(saved: Saved, model: ImageModelShape) -> dict[str, Any]:
+def _facts(saved: Source, model: ImageModelShape) -> dict[str, Any]:
     return {
         "model": model.model_dump(mode="json", exclude={"init_from", "pretrained"}),
         "step": saved.step,

@@ -78,6 +78,44 @@ def own_checkpoint(path: Path, which: str = "latest") -> Saved | None:
     return open_checkpoint(found.folder)
 
 
+class Averaged:
+    """A checkpoint whose parameters read as their average (role ``ema``) and which has no optimizer states.
+
+    Raises:
+        CheckpointError: it keeps no average.
+    """
+
+    def __init__(self, saved: Saved) -> None:
+        self.saved, self.folder, self.step = saved, saved.folder, saved.step
+        self.scalars: Scalars = {}
+        self.state = saved.state
+        if any(("ema", name) not in saved.manifest.tensors for name in saved.shapes()):
+            raise CheckpointError(
+                f"Checkpoint {saved.folder} keeps no average of its weights, and --weights ema asks for one. A run "
+                f"keeps one when ema_decay is set (--ema-decay 0.999)."
+            )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is carried over."""
+        return (f"The average of the weights at step {self.step} of {self.folder}.",)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape."""
+        return self.saved.shapes()
+
+    def read(self, name: str, role: str, start: int, stop: int) -> Tensor | None:
+        """A `types.Reader`. Buffers have no average: they are those of the weights that were trained."""
+        if role == "buffer":
+            return self.saved.read(name, role, start, stop)
+        return self.saved.read(name, "ema", start, stop) if role == "parameter" else None
+
+
+def weights_of(saved: Saved, weights: str) -> Saved | Averaged:
+    """The checkpoint with the weights that were asked for: ``trained`` or ``ema``."""
+    return Averaged(saved) if weights == "ema" else saved
+
+
 def _refuse_choice(path: Path, which: str) -> None:
     if which != "latest":
         raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,9 @@ def classify(
     top: Annotated[int, typer.Option(min=1, help="Most likely classes to print.")] = 3,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 32,
     checkpoint: Annotated[str, typer.Option(help="latest, best, final, or a step.")] = "best",
+    weights: Annotated[
+        Literal["trained", "ema"], typer.Option(help="The weights, or their average (runs with ema_decay).")
+    ] = "trained",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
 ) -> None:
     """Print the most likely classes of pictures with their probabilities.
@@ -27,6 +30,7 @@ def classify(
     import torch
 
     from ..checkpoint.model import load_model
+    from ..checkpoint.source import weights_of
     from ..tasks.classify import classify as answers
     from ..tasks.classify import pictures_in
     from .saved_run import open_run
@@ -40,7 +44,7 @@ def classify(
         )
     paths = pictures_in(pictures)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = load_model(saved, device)
+    model, _ = load_model(weights_of(saved, weights), device)
     failures = 0
     for answer in answers(model, facts, paths, top=top, batch=batch, device=device):
         if answer.failure is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder, or a step folder of its checkpoints.")],
     checkpoint: Annotated[str, typer.Option(help="latest, best, final, or a step.")] = "best",
+    weights: Annotated[
+        Literal["trained", "ema"], typer.Option(help="The weights, or their average (runs with ema_decay).")
+    ] = "trained",
     data: Annotated[Path | None, typer.Option(help="Folder of prepared tokens; default: the run's own.")] = None,
     batches: Annotated[int | None, typer.Option(min=1, help="Batches of each split; default: all of it.")] = None,
     micro_batch: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 32,
@@ -31,6 +34,7 @@ def evaluate(
     import torch
 
     from ..checkpoint.model import load_model
+    from ..checkpoint.source import weights_of
     from ..data.loader import Share
     from ..engines.common import Inputs, evaluate_window
     from ..tasks import task_of
@@ -40,7 +44,7 @@ def evaluate(
     saved = open_run(run, checkpoint)
     folder = data_folder(saved, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config = load_model(saved, device)
+    model, config = load_model(weights_of(saved, weights), device)
     share, inputs = Share(micro_batch, 1, 0, 1), Inputs(device)
     if isinstance(config, LanguageModelShape):
         windows = dict(_texts(folder, config, share, batches))

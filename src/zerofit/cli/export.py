@@ -25,6 +25,9 @@ def export(
     ],
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Type of the weights.")] = "fp32",
     checkpoint: Annotated[str, typer.Option(help="Of a run: latest, best, final, or a step.")] = "latest",
+    weights: Annotated[
+        Literal["trained", "ema"], typer.Option(help="The weights, or their average (runs with ema_decay).")
+    ] = "trained",
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file, as 5GB or 512MiB.")] = "5GB",
     config: Annotated[Path | None, typer.Option(help="Configuration with the model of a foreign checkpoint.")] = None,
     preset: Annotated[str | None, typer.Option(help="Preset with the model of a foreign checkpoint.")] = None,
@@ -40,17 +43,21 @@ def export(
 
     shard_bytes = parse_bytes(max_shard_size, "--max-shard-size")
     from ..checkpoint.export import export as write
+    from ..checkpoint.source import weights_of
     from ..checkpoint.store import Saved
 
     found, model = _open(source, checkpoint, config, preset)
+    if weights == "ema" and not isinstance(found, Saved):
+        raise ConfigError(f"--weights ema: {source} is another program's checkpoint, of which only weights are read.")
+    chosen = weights_of(found, weights) if isinstance(found, Saved) else found
     if isinstance(model, ImageModelShape) and isinstance(found, Saved):
         from ..checkpoint.export_images import export_classifier
 
-        done = export_classifier(found, model, out, to=to, dtype=dtype, force=force)
+        done = export_classifier(weights_of(found, weights), model, out, to=to, dtype=dtype, force=force)
     elif to == "onnx":
         raise ConfigError(f"--to onnx: {model.kind} is not exported to ONNX, classifiers of pictures are. Use --to pt.")
     else:
-        done = write(found, model, out, to=to, dtype=dtype, shard_bytes=shard_bytes, force=force)
+        done = write(chosen, model, out, to=to, dtype=dtype, shard_bytes=shard_bytes, force=force)
     notes = [*(() if isinstance(found, Saved) else found.notes), *done.notes]
     if as_json:
         keys = ("to", "dtype", "files", "size_bytes", "parameters", "step")

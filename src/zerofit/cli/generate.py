@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,9 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among this many most likely tokens.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first text; the next ones count up.")] = 1337,
     checkpoint: Annotated[str, typer.Option(help="latest, best, final, or a step.")] = "latest",
+    weights: Annotated[
+        Literal["trained", "ema"], typer.Option(help="The weights, or their average (runs with ema_decay).")
+    ] = "trained",
     data: Annotated[Path | None, typer.Option(help="Prepared data with the tokenizer; default: the run's own.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -27,6 +30,7 @@ def generate(
     import torch
 
     from ..checkpoint.model import load_model, model_config
+    from ..checkpoint.source import weights_of
     from ..config.models import LanguageModelShape
     from ..data.tokenizers import load_tokenizer
     from ..tasks.sampling import generate as continue_text
@@ -47,7 +51,7 @@ def generate(
     if not ids:
         raise DataError("The prompt is empty. Give at least one character with --prompt.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, _ = load_model(saved, device)
+    model, _ = load_model(weights_of(saved, weights), device)
     texts = []
     for number in range(samples):
         out = continue_text(

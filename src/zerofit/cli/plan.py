@@ -17,6 +17,7 @@ from .plan_arguments import PlanRequest, read_plan_arguments
 if TYPE_CHECKING:
     from ..config.load import ResolvedConfig
     from ..config.schema import Config
+    from ..planning.choose import Choice
 
 #: What GPT-2's byte-pair encoding has; known without prepared data.
 GPT2_VOCABULARY = 50257
@@ -48,6 +49,7 @@ def _plan(request: PlanRequest) -> None:
     from ..planning.explain import choice_json, print_choice, print_formulas, print_recipes, recipes_json
     from ..planning.hardware import probe
     from ..planning.recipes import recipes
+    from ..training.start import without_overruled_duration
 
     typed = parse_arguments(request.rest)
     if typed.resume or typed.run or typed.dry_run:
@@ -55,12 +57,14 @@ def _plan(request: PlanRequest) -> None:
             "`zerofit plan` was given --resume, --run or --dry-run, which belong to `zerofit train`: a plan starts and "
             "continues nothing. Leave them away, or write `zerofit train … --dry-run`."
         )
-    config = with_vocabulary(load_config(typed.source, typed.preset, typed.overrides, NO_DATA))
+    typed_config = load_config(typed.source, typed.preset, typed.overrides, NO_DATA)
+    config = with_vocabulary(without_overruled_duration(typed_config))
     hardware = probe(config.runs_dir, config.nvme_path)
     if request.described:
         hardware = described_hardware(request.described, hardware)
     everything = "all" in request.switches
     choice = survey(config, hardware, everything=everything)
+    config = with_steps(config, choice)
     ways = recipes(config, hardware) if config.model.items == "images" and config.device != "cpu" else []
     if typed.as_json:
         print(json.dumps(choice_json(choice, config) | ({"recipes": recipes_json(ways)} if ways else {})))
@@ -77,6 +81,19 @@ def _plan(request: PlanRequest) -> None:
 
 #: A plan reads data only where the vocabulary comes from it.
 NO_DATA = (("data.path", "data"),)
+
+
+def with_steps(config: Config, choice: Choice) -> Config:
+    """The configuration with the steps that its duration comes to under the chosen batch.
+
+    Raises:
+        DataError: epochs of data that is not there.
+    """
+    from ..training.start import steps_of
+
+    if config.duration is None or choice.chosen is None:
+        return config
+    return config.model_copy(update={"max_steps": steps_of(config, choice.chosen.plan)})
 
 
 def with_vocabulary(resolved: ResolvedConfig) -> Config:

@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from ..errors import ConfigError
 from .documents import Entry, describe_value, read_entries, read_scalar, read_text, write_value
 from .keys import Key, find_key, keys, kinds, sections
+from .optimizers import OPTIMIZER_DEFAULTS
 from .presets import preset_text
 from .schema import Config
 
@@ -59,11 +60,22 @@ def load_config(
     layers = low, _read_preset(preset or base), entries, high
     settings: dict[str, Entry] = {}
     for layer in layers:
-        settings |= {entry.name: entry for entry in layer}
+        entries_of_layer = {entry.name: entry for entry in layer}
+        settings = _of_the_same_optimizer(settings, entries_of_layer) | entries_of_layer
     config = _validate(settings)
     present = [key for key in keys().values() if not key.kinds or _kind_in(config, key) in key.kinds]
     origins = {key.name: settings[key.name].origin if key.name in settings else DEFAULT for key in present}
     return ResolvedConfig(config, origins)
+
+
+def _of_the_same_optimizer(below: dict[str, Entry], layer: dict[str, Entry]) -> dict[str, Entry]:
+    """`below` without the constants (betas and the like) of another optimizer than the one that `layer` chooses."""
+    kind = layer.get("optimizer.kind")
+    before = below["optimizer.kind"].value if "optimizer.kind" in below else "adamw"
+    if kind is None or kind.value == before:
+        return below
+    constants = {f"optimizer.{name}" for fields in OPTIMIZER_DEFAULTS.values() for name in fields}
+    return {name: entry for name, entry in below.items() if name not in constants}
 
 
 def _kind_in(config: Config, key: Key) -> str:

@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from .durations import parse_duration
 from .images import ImageDataConfig
 from .models import ModelConfig, Section
+from .optimizers import OptimizerConfig, why_not
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 Offload = Literal["none", "cpu", "nvme"]
@@ -45,36 +47,65 @@ AnyDataConfig = Annotated[
 DATA_OF_TASK = {"language_modeling": "tokens", "image_classification": "images"}
 
 
-class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019)."""
-
-    kind: Literal["adamw"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
-    """Peak learning rate."""
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the gradient's running mean."""
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Decay of the squared gradient's running mean."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """Decoupled decay, on matrices and embeddings only (tensors of two and more dimensions)."""
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest L2 norm of the whole gradient; 0 turns clipping off."""
-    cpu_kernel: Literal["torch", "deepspeed"] = "torch"
-    """With the optimizer offloaded: torch's fused AdamW (nothing to compile) or DeepSpeedCPUAdam (compiled once)."""
-
-
 class ScheduleConfig(Section):
     """The learning rate as a pure function of the step."""
 
-    kind: Literal["cosine", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "polynomial", "constant", "wsd", "one_cycle"] = "cosine"
+    """After the warm-up: half a cosine, a line or a power down to the minimum; constant; ``wsd``: constant, then a
+    cooldown (warmup-stable-decay); ``one_cycle``: up and down by half cosines."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0 (``one_cycle``: by half a cosine from a 25th of the peak)."""
+    warmup_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The warm-up as a share of all steps up to ``decay_steps``, in place of ``warmup_steps``. ``one_cycle`` takes 0.3
+    when neither is set."""
     decay_steps: Positive | None = None
     """Step at which the minimum is reached; unset means ``max_steps``. Constant from there on."""
     min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
     """Learning rate after the decay."""
+    min_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The same as a share of the peak (0.1: a tenth), in place of ``min_learning_rate``."""
+    cooldown_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """wsd: share of all steps up to ``decay_steps`` that the cooldown takes, at their end; 0.2 when unset."""
+    power: Annotated[float, Field(gt=0)] | None = None
+    """polynomial: of the falling part, 2 when unset."""
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> ScheduleConfig:
+        for name, value, kind in (
+            ("cooldown_fraction", self.cooldown_fraction, "wsd"),
+            ("power", self.power, "polynomial"),
+        ):
+            if value is not None and self.kind != kind:
+                raise ValueError(
+                    f"schedule.{name} {value} with schedule.kind {self.kind}: only {kind} has it. Leave it out, or use "
+                    f"schedule.kind {kind}"
+                )
+        for fraction, other in (("warmup_fraction", "warmup_steps"), ("min_ratio", "min_learning_rate")):
+            if getattr(self, fraction) is not None and getattr(self, other):
+                raise ValueError(
+                    f"schedule.{fraction} {getattr(self, fraction)} and schedule.{other} {getattr(self, other)}: both "
+                    f"say the same thing. Keep one of them"
+                )
+        return self
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether the learning rate of a step depends on where the run ends."""
+        falls = self.kind in ("cosine", "linear", "polynomial", "one_cycle")
+        return self.decay_steps is None and (falls or self.warmup_fraction is not None)
+
+
+class EarlyStoppingConfig(Section):
+    """Stop when an evaluated metric has not improved for a while; the last checkpoint is ``final`` then."""
+
+    patience: Positive | None = None
+    """Evaluations without improvement before the run ends; unset: never."""
+    metric: str = "val_loss"
+    """What is watched: a name in the evaluation's line, ``val_loss`` or ``val_perplexity`` for text."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Smallest change that counts as an improvement."""
+    mode: Literal["min", "max"] = "min"
+    """Whether smaller or larger values are better."""
 
 
 class LossScaleConfig(Section):
@@ -125,11 +156,18 @@ class Config(Section):
     data: AnyDataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
     zero: ZeroConfig = ZeroConfig()
 
     max_steps: Positive = 1000
     """Optimizer steps."""
+    duration: Positive | str | None = None
+    """How long the run is, in place of ``max_steps``: ``1000``, ``3ep`` (epochs), ``2e9tok`` (tokens) or ``90min`` (h,
+    min, s of training, by the main rank's clock). Of two that contradict each other on one level the run is refused."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an average of the weights with this decay a step (0.999 or so), for ``--weights ema`` of eval, generate and
+    export; unset: none. Young averages decay faster: by at most (1 + t) / (10 + t) after t steps."""
     global_batch: Positive | None = None
     """Samples of one optimizer step over all ranks: ``micro_batch * accumulation_steps * world_size``."""
     micro_batch: Positive | None = None
@@ -170,6 +208,8 @@ class Config(Section):
     """Steps between evaluations, ``epoch``, or ``never``. The last step is evaluated too unless ``never``."""
     eval_batches: Positive = 20
     """Global batches of each split in an evaluation. Of pictures the whole validation split is evaluated."""
+    log_style: Literal["plain", "nanogpt"] = "plain"
+    """``nanogpt``: lines as nanoGPT prints them, ``iter 100: loss 3.2101, time 135.20ms, mfu 38.12%``."""
     log_interval: Positive = 10
     """Steps between lines on a terminal that is not live; every step is in ``events.jsonl``."""
     save_interval: Interval | Literal["epoch", "evaluation"] = "evaluation"
@@ -195,6 +235,8 @@ class Config(Section):
     def _legal_combination(self) -> Config:
         _check_data(self)
         _check_offload(self)
+        _check_optimizer(self)
+        _check_end(self)
         if self.compile and self.strategy == "zero3":
             raise ValueError(
                 "strategy zero3 with compile true: torch.compile traces DeepSpeed's gathering hooks, and on GPUs the "
@@ -212,6 +254,35 @@ def _check_data(config: Config) -> None:
             f"{wanted}; set data.kind {wanted} and data.path to {wanted} that were prepared, or choose another "
             f"model.kind"
         )
+
+
+def _check_end(config: Config) -> None:
+    """What ends the run, against the schedule and the evaluations."""
+    if config.duration is not None and parse_duration(config.duration).unit == "seconds" and config.schedule.needs_end:
+        raise ValueError(
+            f"duration {config.duration} with schedule.kind {config.schedule.kind}: nobody knows at which step the "
+            f"time will be over, and the learning rate is a function of the step. Set schedule.decay_steps (and "
+            f"warmup_steps, not warmup_fraction), or use schedule.kind constant or wsd"
+        )
+    if config.early_stopping.patience is not None and config.eval_interval == "never":
+        raise ValueError(
+            "early_stopping.patience with eval_interval never: nothing would be watched; set eval_interval"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    """The optimizer under the strategy and offload that were named."""
+    optimizer, offload = config.optimizer, "none" if config.offload == "auto" else config.offload
+    reason = why_not(optimizer.kind, optimizer.state, optimizer.master, config.strategy, offload)
+    if reason is None and optimizer.master == "bf16" and config.precision not in ("bf16", "auto"):
+        reason = (
+            f"optimizer.master bf16 with precision {config.precision}: the compute copy is what is updated, so it must "
+            f"be bf16; use precision bf16, or optimizer.master fp32"
+        )
+    if reason is None and config.ema_decay is not None and config.offload == "nvme":
+        reason = "ema_decay with offload nvme: the weights that are averaged lie on the drive; use offload cpu"
+    if reason is not None:
+        raise ValueError(reason)
 
 
 def _check_offload(config: Config) -> None:

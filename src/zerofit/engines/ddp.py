@@ -1,7 +1,7 @@
 """Single and data-parallel training with PyTorch alone.
 
 DDP reduces gradients in the compute dtype, overlapped with the backward pass; masters and moments are whole on every
-rank (`adamw`). ``gradient_dtype: fp32`` accumulates and reduces in fp32 instead, after the backward pass.
+rank (`flat_optimizer`). ``gradient_dtype: fp32`` accumulates and reduces in fp32 instead, after the backward pass.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ..models.base import ModelSpec, named_unique_parameters
 from ..planning.plan import Plan
 from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars, World
 from . import common
-from .adamw import FlatAdamW
 from .buffers import Buffers
+from .flat_optimizer import FlatOptimizer
 from .loss_scale import LossScaler
 
 
@@ -36,10 +36,10 @@ class DDPEngine:
         common.compile_units(plan, spec, self.model)
         self.parameters = named_unique_parameters(self.model)
         self.fp32_gradients = self._accumulate_in_fp32() if plan.mixed and plan.gradient_dtype == "fp32" else None
-        self.optimizer = FlatAdamW(
+        self.optimizer = FlatOptimizer(
             self.parameters, lambda name: spec.decays(plan.model, name), plan.optimizer, self._gradient_of
         )
-        # After the optimizer: in fp32 it moves the parameters into its flat master.
+        # After the optimizer: where it updates the parameters themselves, it moves them into its flat master.
         self.replica: nn.Module = self.model
         if world.world_size > 1 and self.fp32_gradients is None:
             device_ids = [world.device.index] if world.device.type == "cuda" else None
@@ -140,14 +140,12 @@ class DDPEngine:
         self.scaler.load(scalars)
 
     def memory(self) -> Mapping[str, int]:
-        sizes = {role: sum(g.tensors[role].nbytes for g in self.optimizer.groups) for role in ("parameter", "exp_avg")}
+        copy = sum(p.nbytes for p in self.parameters.values())
         items = {
-            "parameters": sum(p.nbytes for p in self.parameters.values()),
-            "moments": 2 * sizes["exp_avg"],
+            "parameters": self.optimizer.parameter_bytes or copy,
+            **self.optimizer.memory(),
             **self.buffers.memory(),
         }
-        if self.plan.mixed:
-            items["master"] = sizes["parameter"]
         if self.fp32_gradients is not None:
             items["gradients"] = self.fp32_gradients.nbytes
         elif isinstance(self.replica, DistributedDataParallel):

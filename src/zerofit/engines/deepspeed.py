@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import MissingDependency, TrainingFailed
 from ..models.base import ModelSpec, named_unique_parameters
+from ..planning.optimizer_states import MEANS
 from ..planning.plan import Plan
 from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars, World
 from . import common
@@ -30,6 +32,7 @@ from .buffers import Buffers
 from .deepspeed_config import deepspeed_config
 from .deepspeed_fragments import ReplicatedLayout, ShardedLayout
 from .loss_scale import LossScaler
+from .partition_optimizer import PartitionOptimizer
 
 
 class DeepSpeedEngine:
@@ -56,11 +59,14 @@ class DeepSpeedEngine:
         self.zero: Any = self.engine.optimizer
         self.buffers = Buffers(self.model, world)
         names = {parameter: name for name, parameter in self.parameters.items()}
+        roles = (*MEANS[plan.optimizer.kind], *(("ema",) if plan.optimizer.ema_decay is not None else ()))
         self.layout: ReplicatedLayout | ShardedLayout = (
-            ShardedLayout(self.zero, names, world.rank)
+            ShardedLayout(self.zero, names, roles, world.rank)
             if plan.strategy == "zero3"
-            else ReplicatedLayout(self.zero, names)
+            else ReplicatedLayout(self.zero, names, roles)
         )
+        if plan.optimizer.master == "bf16":
+            self.layout.share_masters()
         # DeepSpeed reads back whether a gradient is finite in every step, so the scale may live on the host.
         self.scaler = LossScaler(plan.loss_scale, plan.precision == "fp16", torch.device("cpu"))
         self._apply_scale()
@@ -73,13 +79,15 @@ class DeepSpeedEngine:
             return common.build_model(self.plan, spec, self.world.device)
 
     def _make_optimizer(self, spec: ModelSpec[Any]) -> torch.optim.Optimizer:
-        """AdamW over the model's own parameters; DeepSpeed puts its flat fp32 partitions in their place."""
+        """The optimizer over the model's own parameters; DeepSpeed puts its flat partitions in their place."""
         plan = self.plan.optimizer
         groups = []
         for decays, weight_decay in ((True, plan.weight_decay), (False, 0.0)):
             members = [p for name, p in self.parameters.items() if spec.decays(self.plan.model, name) is decays]
             if members:
                 groups.append({"params": members, "weight_decay": weight_decay})
+        if not plan.is_plain:
+            return PartitionOptimizer(groups, plan, self.world.rank)
         arguments: dict[str, Any] = {"lr": 0.0, "betas": (plan.beta1, plan.beta2), "eps": plan.eps}
         if plan.cpu_kernel == "deepspeed" and self.plan.offload != "none":
             return _cpu_adam(self.deepspeed, groups, arguments)
@@ -100,6 +108,9 @@ class DeepSpeedEngine:
                     self.held.release()
                 self.engine.step()  # only counts until the window is full
                 loss_sum += loss.detach()
+        if self.plan.optimizer.ema_decay is not None and not self.zero.overflow:
+            for partition in self.layout.partitions:
+                partition.average(self.plan.optimizer.ema_decay)
         return self._close(agreed, loss_sum)
 
     def _close(self, agreed: Tensor, loss_sum: Tensor) -> PendingStep:
@@ -140,17 +151,24 @@ class DeepSpeedEngine:
         scalars = scalars or {}
         steps = scalars.get("optimizer_steps", 0.0)
         self.layout.prepare_load()
-        for partition in self.layout.partitions:
-            partition.load(read, steps, self._step_counter)
+        for index, partition in enumerate(self.layout.partitions):
+            partition.load(read, steps, partial(self._begin_state, index))
         self.layout.finish_load()
         self.buffers.load(read)
         self.scaler.load(scalars)
         self._apply_scale()
 
-    def _step_counter(self, steps: float, master: Tensor) -> Tensor | int:
-        if isinstance(self.zero.optimizer, torch.optim.AdamW):
-            return torch.tensor(steps, dtype=torch.float32, device=master.device)
-        return int(steps)
+    def _begin_state(self, index: int, steps: float, master: Tensor, state: dict[str, Any]) -> None:
+        """The state that the optimizer would make in its first step, so that none need be taken."""
+        optimizer = self.zero.optimizer
+        if isinstance(optimizer, PartitionOptimizer):
+            optimizer.make_state(master, index, steps)
+            return
+        for role in MEANS["adamw"]:
+            if role not in state:
+                state[role] = torch.zeros_like(master)
+        on_device = isinstance(optimizer, torch.optim.AdamW)
+        state["step"] = torch.tensor(steps, dtype=torch.float32, device=master.device) if on_device else int(steps)
 
     def memory(self) -> Mapping[str, int]:
         return self.layout.memory() | self.buffers.memory()

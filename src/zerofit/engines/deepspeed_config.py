@@ -42,7 +42,12 @@ def deepspeed_config(plan: Plan) -> dict[str, Any]:
 def _precision(plan: Plan) -> dict[str, Any]:
     if plan.precision == "bf16":
         # A step whose gradient is not finite is skipped in every precision.
-        return {"bf16": {"enabled": True, "check_grad_overflow": True}}
+        bf16: dict[str, Any] = {"enabled": True, "check_grad_overflow": True}
+        if plan.optimizer.master == "bf16":
+            # The first makes masters and their gradients bf16. Without the second, which says nothing about our own
+            # optimizer, it asks for DeepSpeedCPUAdam.
+            bf16 |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+        return {"bf16": bf16}
     if plan.precision == "fp16":
         # Static here: the engine drives the scale through `override_loss_scale`. DeepSpeed's own scaler doubles the
         # scale between measuring the gradient and dividing it, so that each doubling halves one update.

@@ -13,16 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import TrainingFailed
+from ..kernels.optimizer_step import Moment
 from ..types import Fragment, Reader
+from .flat_optimizer import average_weight
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+#: Low-bit states are read and written in pieces of at most so many elements.
+CHUNK_ELEMENTS = 32 * 1024 * 1024
 #: Parameter -> canonical name.
 Names = Mapping[Any, str]
-#: Applied steps -> what the optimizer counts them with (a tensor or an int) for a master.
-Counter = Callable[[float, Tensor], Any]
+#: (applied steps, master, its state) -> None: makes the optimizer's state.
+Begin = Callable[[float, Tensor, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,21 @@ class Slot:
 
 
 class Partition:
-    """A flat fp32 master of this rank with its moments, and what lies where. Padding has no slot.
+    """A flat master of this rank with its means, and what lies where. Padding has no slot.
 
     Args:
         slots: disjoint intervals.
-        master: 1-D fp32; holds no elements while it is swapped out.
+        roles: of the means, and ``ema`` where an average of the weights is kept.
+        master: 1-D fp32 or bf16; holds no elements while it is swapped out.
         state: what the optimizer keeps for `master`; empty until the first `load`.
     """
 
     swaps = False
 
-    def __init__(self, slots: Sequence[Slot], master: nn.Parameter, state: dict[str, Any]) -> None:
-        self.slots, self.master, self.state = slots, master, state
+    def __init__(
+        self, slots: Sequence[Slot], roles: Sequence[str], master: nn.Parameter, state: dict[str, Any]
+    ) -> None:
+        self.slots, self.roles, self.master, self.state = slots, roles, master, state
 
     @contextmanager
     def opened(self, write: bool) -> Iterator[None]:
@@ -58,51 +65,83 @@ class Partition:
     def refresh(self) -> None:
         """Copy the master to this rank's share of the compute copy; call it inside `opened`."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Role -> flat tensor, inside `opened`."""
-        return {"parameter": self.master.detach(), **{role: self.state[role] for role in MOMENTS}}
+    def states(self) -> dict[str, Tensor | Moment]:
+        """Role -> flat state, inside `opened`."""
+        return {"parameter": self.master.detach(), **{role: self.state[role] for role in self.roles}}
 
     def fragments(self) -> Iterator[Fragment]:
-        """Every slot in every role: views of the engine's memory, or copies of what was swapped in."""
+        """Every slot in every role: views of the engine's memory, or copies of what was swapped in or is low-bit."""
         with self.opened(write=False):
-            for role, flat in self.tensors().items():
+            for role, flat in self.states().items():
                 for slot in self.slots:
-                    data = flat[slot.offset : slot.offset + slot.length]
+                    data = _read(flat, slot.offset, slot.offset + slot.length)
                     yield Fragment(slot.name, role, slot.shape, slot.start, data.clone() if self.swaps else data)
 
     @torch.no_grad()
-    def load(self, read: Reader, steps: float, counter: Counter) -> None:
-        """Take master and moments from `read` (missing moments are 0) and refresh the compute copy.
+    def load(self, read: Reader, steps: float, begin: Begin) -> None:
+        """Take master and means from `read` (missing means are 0, a missing average is the weights) and refresh the
+        compute copy.
 
         Raises:
             TrainingFailed: the source lacks a parameter.
         """
         with self.opened(write=True):
-            self._make_state(steps, counter)
-            for role, flat in self.tensors().items():
-                flat.zero_()
-                for slot in self.slots:
-                    values = read(slot.name, role, slot.start, slot.start + slot.length)
-                    if values is not None:
-                        flat[slot.offset : slot.offset + slot.length].copy_(values)
-                    elif role == "parameter":
-                        raise TrainingFailed(f"Parameter {slot.name} was asked for, and its source does not hold it.")
+            begin(steps, self.master, self.state)
+            if "ema" in self.roles and "ema" not in self.state:
+                self.state["ema"] = torch.zeros_like(self.master, dtype=torch.float32, requires_grad=False)
+            for role, flat in self.states().items():
+                if isinstance(flat, Moment) and flat.scales is not None:
+                    self._load_blocks(flat, role, read)
+                    continue
+                values = flat.values if isinstance(flat, Moment) else flat
+                values.zero_()
+                self._fill(values, 0, role, read)
             self.refresh()
 
-    def _make_state(self, steps: float, counter: Counter) -> None:
-        """The state that AdamW would make in its first step, so that none need be taken."""
-        for role in MOMENTS:
-            if role not in self.state:
-                self.state[role] = torch.zeros_like(self.master)
-        self.state["step"] = counter(steps, self.master)
+    def _fill(self, target: Tensor, start: int, role: str, read: Reader) -> None:
+        """What belongs into the interval of the flat state that begins at `start`."""
+        stop = start + target.numel()
+        for slot in self.slots:
+            low, high = max(start, slot.offset), min(stop, slot.offset + slot.length)
+            if low >= high:
+                continue
+            first, last = (slot.start + edge - slot.offset for edge in (low, high))
+            values = read(slot.name, role, first, last)
+            if values is None and role == "ema":
+                values = read(slot.name, "parameter", first, last)
+            if values is not None:
+                target[low - start : high - start].copy_(values)
+            elif role == "parameter":
+                raise TrainingFailed(f"Parameter {slot.name} was asked for, and its source does not hold it.")
+
+    def _load_blocks(self, flat: Moment, role: str, read: Reader) -> None:
+        elements = flat.values.numel()
+        flat.clear()
+        if all(read(slot.name, role, slot.start, slot.start + 1) is None for slot in self.slots):
+            return  # a fresh optimizer
+        for start in range(0, elements, CHUNK_ELEMENTS):
+            buffer = torch.zeros(min(CHUNK_ELEMENTS, elements - start), device=flat.values.device)
+            self._fill(buffer, start, role, read)
+            flat.write(start, buffer)
+
+    @torch.no_grad()
+    def average(self, decay: float) -> None:
+        """Let the weights' average follow an applied step."""
+        steps = torch.as_tensor(self.state["step"], dtype=torch.float32, device=self.master.device)
+        self.state["ema"].lerp_(self.master.float(), average_weight(steps, decay))
+
+
+def _read(flat: Tensor | Moment, start: int, stop: int) -> Tensor:
+    """In fp32: a view where it is fp32."""
+    return flat.read(start, stop) if isinstance(flat, Moment) else flat[start:stop].float()
 
 
 class _ShardedPartition(Partition):
     """One sub-group of ZeRO-3; may be swapped to NVMe."""
 
-    def __init__(self, optimizer: Any, index: int, slots: Sequence[Slot]) -> None:
+    def __init__(self, optimizer: Any, index: int, slots: Sequence[Slot], roles: Sequence[str]) -> None:
         master = optimizer.fp32_partitioned_groups_flat[index]
-        super().__init__(slots, master, optimizer.optimizer.state[master])
+        super().__init__(slots, roles, master, optimizer.optimizer.state[master])
         self.optimizer, self.index = optimizer, index
         self.swaps = optimizer._swappable_optimizer_subgroup(index)
 
@@ -128,14 +167,25 @@ class _ShardedPartition(Partition):
 class ReplicatedLayout:
     """ZeRO-1 and 2: every rank holds the whole compute copy, in flat groups that are cut into equal partitions."""
 
-    def __init__(self, optimizer: Any, names: Names) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: Any, names: Names, roles: Sequence[str]) -> None:
+        self.optimizer, self.masters_are_shared = optimizer, False
         self.partitions = [
-            Partition(_replicated_slots(parameters, names), master, optimizer.optimizer.state[master])
+            Partition(_replicated_slots(parameters, names), roles, master, optimizer.optimizer.state[master])
             for parameters, master in zip(
                 optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True
             )
         ]
+
+    def share_masters(self) -> None:
+        """bf16 masters become this rank's part of the compute copy itself: DeepSpeed has made a copy of it."""
+        zero, self.masters_are_shared = self.optimizer, True
+        for index, partition in enumerate(self.partitions):
+            rank = dist.get_rank(group=zero.real_dp_process_group[index])
+            partition.master.data = zero.parallel_partitioned_bit16_groups[index][rank].data
+            for parameter in zero.bit16_groups[index]:
+                if (mapping := parameter._hp_mapping) is not None:
+                    address = mapping.hp_fragment_address
+                    mapping.hp_fragment = partition.master.data.narrow(0, address.start, address.numel)
 
     def prepare_load(self) -> None:
         """Nothing is in the way."""
@@ -149,7 +199,7 @@ class ReplicatedLayout:
         zero = self.optimizer
         items = {"parameters": _bytes(zero.bit16_groups_flat)}
         if not zero.cpu_offload:
-            return items | _state_bytes(self.partitions)
+            return items | _state_bytes(self.partitions, shared=self.masters_are_shared)
         gradients = [master.grad for master in zero.single_partition_of_fp32_groups]
         gradients += [*zero.accumulated_grads_in_cpu.values(), zero.temp_grad_buffer_for_cpu_offload]
         return items | {
@@ -173,12 +223,18 @@ def _replicated_slots(parameters: Iterable[nn.Parameter], names: Names) -> list[
 class ShardedLayout:
     """ZeRO-3: every parameter is cut into ``world_size`` equal parts, the last one padded."""
 
-    def __init__(self, optimizer: Any, names: Names, rank: int) -> None:
-        self.optimizer, self.names = optimizer, names
+    def __init__(self, optimizer: Any, names: Names, roles: Sequence[str], rank: int) -> None:
+        self.optimizer, self.names, self.masters_are_shared = optimizer, names, False
         self.partitions = [
-            _ShardedPartition(optimizer, index, _sharded_slots(parameters, names, rank))
+            _ShardedPartition(optimizer, index, _sharded_slots(parameters, names, rank), roles)
             for index, parameters in enumerate(optimizer.fp16_groups)
         ]
+
+    def share_masters(self) -> None:
+        """bf16 masters become the partitions of the compute copy themselves: DeepSpeed has made a copy of them."""
+        self.masters_are_shared = True
+        for partition, part in zip(self.partitions, self.optimizer.fp16_partitioned_groups_flat, strict=True):
+            partition.master.data = part.data
 
     def prepare_load(self) -> None:
         """Let go of gathered parameters: they would outlive the new values. Collective."""
@@ -199,7 +255,7 @@ class ShardedLayout:
             "parameters": _bytes(p for p in self.names if p.data_ptr() != p.ds_tensor.data_ptr()),
             "buckets": _bytes(bucket.buffer for bucket in zero.ipg_buckets.values()),
             f"{where}gradients": _bytes([zero.grad_partitions_flat_buffer, *gradients]),
-            **_state_bytes(self.partitions, where),
+            **_state_bytes(self.partitions, where, shared=self.masters_are_shared),
         }
         if zero.offload_param:
             items["host_parameters"] = _bytes(p.ds_tensor for p in self.names if p.ds_tensor.status.name == "AVAILABLE")
@@ -228,12 +284,13 @@ def _sharded_slots(parameters: Iterable[Any], names: Names, rank: int) -> list[S
     return slots
 
 
-def _state_bytes(partitions: Sequence[Partition], where: str = "") -> dict[str, int]:
-    return {
-        f"{where}master": _bytes(p.master for p in partitions),
-        f"{where}moments": _bytes(p.state[role] for p in partitions for role in MOMENTS),
-    }
+def _state_bytes(partitions: Sequence[Partition], where: str = "", *, shared: bool = False) -> dict[str, int]:
+    items = {} if shared else {f"{where}master": _bytes(p.master for p in partitions)}
+    items[f"{where}moments"] = _bytes(p.state[role] for p in partitions for role in p.roles if role != "ema")
+    if "ema" in partitions[0].roles:
+        items[f"{where}ema"] = _bytes(p.state["ema"] for p in partitions)
+    return items
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def _bytes(tensors: Iterable[Tensor | Moment]) -> int:
     return sum(tensor.nbytes for tensor in tensors)

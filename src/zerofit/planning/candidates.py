@@ -10,6 +10,7 @@ from .batch import BatchSplit
 from .calibration import Rates
 from .hardware import Hardware
 from .memory import DeviceConstants, MemoryPrediction, fits_within, predict_memory, state_bytes
+from .optimizer_states import checkpoint_bytes_a_parameter
 from .plan import OptimizerPlan, Plan, Prediction, ZeroPlan
 from .sizes import format_bytes
 from .speed import StepPrediction, predict_step
@@ -18,8 +19,8 @@ from .speed import StepPrediction, predict_step
 SAFE_SHARE_TRACED, SAFE_SHARE_COARSE = 0.95, 0.90
 #: The same of host memory and of disks.
 SAFE_SHARE_HOST, SAFE_SHARE_DISK = 0.90, 0.95
-#: fp32 parameters and two moments: what a checkpoint holds of each parameter.
-CHECKPOINT_BYTES_A_PARAMETER = 12
+#: Types of the optimizer's means and of the master, from what loses nothing to what is smallest.
+LOW_BIT = (("fp32", "fp32"), ("8bit", "fp32"), ("8bit", "bf16"))
 #: Blocks to recompute that ``auto`` tries: none, every fourth, every second, all.
 CHECKPOINTING = (0, 4, 2, 1)
 #: Buckets for tight memory: a fifth of the usual; ZeRO-3 keeps less gathered.
@@ -202,7 +203,7 @@ class Builder:
 
     def _validated(self, rung: Rung, split: BatchSplit) -> Plan:
         config, names = self.config, set(OptimizerPlan.model_fields)
-        wishes = config.optimizer.model_dump().items()
+        wishes = {name: value for name, value in config.optimizer.model_dump().items() if value is not None}
         return Plan(
             model=config.model,
             parameters=config.model.parameter_count(),
@@ -217,7 +218,11 @@ class Builder:
             compile_mode=config.compile_mode,
             deterministic=config.deterministic,
             seed=config.seed,
-            optimizer=OptimizerPlan(**{name: value for name, value in wishes if name in names}),
+            optimizer=OptimizerPlan(
+                **{name: value for name, value in wishes.items() if name in names},
+                seed=config.seed,
+                ema_decay=config.ema_decay,
+            ),
             loss_scale=config.loss_scale,
             collective_timeout_seconds=config.collective_timeout_seconds,
         )
@@ -276,7 +281,7 @@ def zero_plan(config: Config, device: str, parameters: int, tight: bool, offload
 
 def checkpoint_bytes(config: Config, parameters: int) -> tuple[int, int]:
     """One checkpoint, and all that lie on the disk at once: the newest, the best, and the one being written."""
-    one = CHECKPOINT_BYTES_A_PARAMETER * parameters
+    one = checkpoint_bytes_a_parameter(config.optimizer.kind, config.ema_decay is not None) * parameters
     if config.save_interval == "never" and not config.save_on_improvement:
         return one, 0
     return one, one * (config.keep_checkpoints + (config.keep_best or 1) + 1)
@@ -293,3 +298,12 @@ def describe(plan: Plan) -> str:
     names = {"single": "single", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
     offload = {"none": "", "cpu": " + CPU offload", "nvme": " + NVMe offload"}[plan.offload]
     return names[plan.strategy] + offload + (" + parameters" if plan.offload_parameters != "none" else "")
+
+
+def describe_states(optimizer: OptimizerPlan) -> str:
+    """Low-bit states with what they cost, in words; empty for fp32."""
+    means = {"fp32": "", "bf16": "bf16 moments", "8bit": "8-bit moments"}[optimizer.state]
+    parts = [*(["bf16 master"] if optimizer.master == "bf16" else []), *([means] if means else [])]
+    costs = [*(["each step rounds the weights to 8 bits of mantissa"] if optimizer.master == "bf16" else []),
+             *(["running means carry rounding noise"] if means else [])]  # fmt: skip
+    return f"{' and '.join(parts)} ({', '.join(costs)}; unbiased: rounded stochastically)" if parts else ""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..config.optimizers import why_not
 from ..config.schema import Config, Goal, Precision
 from ..errors import ConfigError, DoesNotFit, MissingDependency
 from .batch import BatchSplit, possible_splits
 from .calibration import Rates, constants, rates
-from .candidates import LADDER, SAFE_SHARE_DISK, Builder, Candidate, Rung, checkpointing_of, describe
+from .candidates import LADDER, LOW_BIT, SAFE_SHARE_DISK, Builder, Candidate, Rung, checkpointing_of, describe
 from .hardware import Hardware
 from .plan import Plan
 from .remedies import remedies
@@ -91,9 +92,12 @@ def survey(config: Config, hardware: Hardware, *, everything: bool = False) -> C
     Strategies that were not asked for are looked at too, for comparison, where their batch can be split at all. Of each
     strategy the fastest is looked for and what serves the configuration's goal, or with `everything` every goal.
     """
+    if "auto" in (config.optimizer.state, config.optimizer.master):
+        return _least_lossy(config, hardware, everything)
     device = _device(config, hardware)
     world_size = _world_size(config, hardware, device)
     precision, warnings = _precision(config, hardware, device)
+    _check_master(config, precision)
     found = rates(hardware, precision) if device == "cuda" else None
     builder = Builder(config, hardware, device, precision, found, constants(hardware))
     asked = _asked(config, hardware, world_size)
@@ -112,6 +116,53 @@ def survey(config: Config, hardware: Hardware, *, everything: bool = False) -> C
         chosen = explained
         warnings += _warnings(config, hardware, chosen)
     return Choice(hardware, found, config.goal, tuple(candidates), chosen, tuple(warnings))
+
+
+def _least_lossy(config: Config, hardware: Hardware, everything: bool) -> Choice:
+    """With ``optimizer.state`` or ``master`` left open: fp32 where that fits, else what loses least and fits."""
+    wish = config.optimizer
+    levels = [(s, m) for s, m in LOW_BIT if wish.state in ("auto", s) and wish.master in ("auto", m)]
+    for state, master in levels:
+        decided = wish.model_copy(update={"state": state, "master": master})
+        try:
+            choice = survey(config.model_copy(update={"optimizer": decided}), hardware, everything=everything)
+        except ConfigError:
+            if (state, master) == levels[0]:
+                raise
+            break  # a bf16 master in another precision: what was found before stands
+        if choice.chosen is not None:
+            break
+    return choice
+
+
+def _check_master(config: Config, precision: Precision) -> None:
+    """A bf16 master is the compute copy itself.
+
+    Raises:
+        ConfigError: in another precision, or with fp32 gradients under ZeRO, whose gradients have the master's type.
+    """
+    if config.optimizer.master != "bf16":
+        return
+    if precision != "bf16":
+        raise ConfigError(
+            f"optimizer.master bf16 with precision {precision}: the compute copy is what is updated, so it must be "
+            f"bf16. Set precision bf16, or optimizer.master fp32."
+        )
+    if config.gradient_dtype == "fp32" and config.strategy.startswith("zero"):
+        raise ConfigError(
+            f"optimizer.master bf16 with gradient_dtype fp32 under {config.strategy}: DeepSpeed hands the optimizer "
+            f"gradients of the master's type. Use gradient_dtype compute, or optimizer.master fp32."
+        )
+
+
+def _carries(config: Config, rung: Rung) -> bool:
+    """Whether the rung can run the optimizer."""
+    optimizer = config.optimizer
+    if why_not(optimizer.kind, optimizer.state, optimizer.master, rung.strategy, rung.offload) is not None:
+        return False
+    if optimizer.master == "bf16" and config.gradient_dtype == "fp32" and rung.strategy.startswith("zero"):
+        return False
+    return config.ema_decay is None or rung.offload != "nvme"
 
 
 def _with_remedies(builder: Builder, candidate: Candidate) -> Candidate:
@@ -177,7 +228,7 @@ def _precision(config: Config, hardware: Hardware, device: str) -> tuple[Precisi
 
 def _asked(config: Config, hardware: Hardware, world_size: int) -> list[Rung]:
     """What the configuration and the machine leave open, least sharding first."""
-    rungs = [rung for rung in LADDER if _within_wishes(config, rung)]
+    rungs = [rung for rung in LADDER if _within_wishes(config, rung) and _carries(config, rung)]
     if config.strategy == "auto":
         rungs = [rung for rung in rungs if _possible(rung, world_size, hardware)]
     elif config.strategy.startswith("zero"):
@@ -188,7 +239,9 @@ def _asked(config: Config, hardware: Hardware, world_size: int) -> list[Rung]:
         _require_deepspeed(config, hardware)
         raise ConfigError(
             f"strategy {config.strategy} with offload {config.offload} and offload_parameters "
-            f"{config.offload_parameters}: no strategy has that. Only ZeRO-3 swaps to NVMe and offloads parameters."
+            f"{config.offload_parameters}, optimizer.kind {config.optimizer.kind}: no strategy has that here. Only "
+            f"ZeRO-3 swaps to NVMe and offloads parameters, and only single and ddp leave matrices whole, as muon and "
+            f"adafactor want them."
         )
     return rungs
 
@@ -205,6 +258,7 @@ def _considered(config: Config, hardware: Hardware, world_size: int, asked: Sequ
     """The rungs asked for, and every other that this machine can run, for comparison; NVMe only where there is some."""
     has_nvme = config.nvme_path is not None or hardware.nvme_free_bytes is not None
     shown = [r for r in LADDER if r.strategy == "single" or _possible(r, world_size, hardware)]
+    shown = [r for r in shown if _carries(config, r)]
     return [rung for rung in LADDER if rung in asked or (rung in shown and (has_nvme or rung.offload != "nvme"))]
 
 

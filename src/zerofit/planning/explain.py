@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..config.durations import ENDLESS_STEPS
 from ..config.schema import Config
-from .candidates import Candidate, checkpointing_of, describe
+from .candidates import Candidate, checkpointing_of, describe, describe_states
 from .choose import Choice
 from .hardware import Hardware
 from .recipes import MOST_SAMPLES, Recipe
@@ -29,7 +30,7 @@ BAR_WIDTH = 40
 #: Items of the memory bar, by the letter that fills it.
 _BAR = (
     ("p", "parameters", ("parameters", "gathered")),
-    ("o", "optimizer states", ("master", "moments")),
+    ("o", "optimizer states", ("master", "moments", "ema")),
     ("g", "gradients and buckets", ("gradients", "buckets")),
     ("a", "activations and logits", ("activations", "logits")),
     ("c", "context and NCCL", ("context",)),
@@ -88,11 +89,15 @@ def describe_hardware(hardware: Hardware, ranks: int, device: str) -> str:
 def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Candidate) -> None:
     plan = chosen.plan
     _say(console, plan.reason)
+    states = describe_states(plan.optimizer)
+    if states:
+        _say(console, f"Optimizer states: {states}.")
     run = f", about {format_seconds(config.max_steps * chosen.step.step_seconds)}" if chosen.step else ""
     items = f"{plan.global_batch * plan.model.items_per_sample:,} {plan.model.items} a step"
+    length = f"{config.max_steps:,} steps{run}" if config.max_steps < ENDLESS_STEPS else f"for {config.duration}"
     _say(
         console,
-        f"Batch: {choice.split.equation()}; {items}, {config.max_steps:,} steps{run}.",
+        f"Batch: {choice.split.equation()}; {items}, {length}.",
     )
     if chosen.disk_bytes:
         _say(
@@ -300,7 +305,9 @@ def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
         "micro_batch": plan.micro_batch,
         "accumulation_steps": plan.accumulation_steps,
         "activation_checkpointing": checkpointing_of(plan),
-        "optimizer_state": "fp32",
+        "optimizer": plan.optimizer.kind,
+        "optimizer_state": plan.optimizer.state,
+        "optimizer_master": plan.optimizer.master,
         "precision": plan.precision,
         "reduce_bucket_elements": plan.zero.reduce_bucket_elements,
         "fits": candidate.fits,
@@ -323,7 +330,8 @@ def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
         "step_parts": step.parts if step else None,
         f"{plan.model.items}_per_second": step.tokens_per_second if step else None,
         "mfu": step.mfu if step else None,
-        "run_seconds": step.step_seconds * config.max_steps if step else None,
+        "max_steps": config.max_steps if config.max_steps < ENDLESS_STEPS else None,
+        "run_seconds": step.step_seconds * config.max_steps if step and config.max_steps < ENDLESS_STEPS else None,
         "reason": candidate.plan.reason or candidate.verdict,
         "remedies": list(candidate.remedies),
     }

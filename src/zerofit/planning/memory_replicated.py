@@ -1,21 +1,31 @@
-"""What `engines.ddp` allocates: single and DDP, with `engines.adamw`. Mirrors those two files.
+"""What `engines.ddp` allocates: single and DDP, with `engines.flat_optimizer`. Mirrors those two files.
 
 P parameters, h bytes of the compute type. Masters and moments are flat, one of each per optimizer group.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from .optimizer_states import factor_bytes, flat_elements, master_bytes, mean_bytes, planned_groups
 from .plan import Plan
 from .template import ModuleEvent
 from .timeline import Ledger, parameter_elements
-from .zero_memory import optimizer_groups
 
-#: `engines.adamw.CHUNK_ELEMENTS`: fp32 gradients exist in chunks of at most so many elements.
+#: `engines.flat_optimizer.CHUNK_ELEMENTS`: fp32 gradients exist in chunks of at most so many elements.
 CHUNK_ELEMENTS = 32 * 1024 * 1024
 #: DDP's buckets: the first small, so that reduction starts early.
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1024**2, 25 * 1024**2
+
+
+#: Muon and Adafactor make about so many fp32 tensors of a parameter's size while they update it.
+WHOLE_TENSORS = 6
+
+
+def has_copy(plan: Plan) -> bool:
+    """Whether the compute copy lies beside the weights that are updated."""
+    return plan.mixed and plan.optimizer.master == "fp32"
 
 
 class ReplicatedModel:
@@ -34,19 +44,22 @@ class ReplicatedModel:
         self.order: list[str] = []
 
     def init(self) -> None:
-        """Parameters, then per group three flat fp32 tensors; in fp32 the parameters then become views of one."""
+        """Parameters, then per group master, means and average; parameters of the master's type become its views."""
         ledger = self.ledger
         for name, elements in self.elements.items():
             ledger.alloc(("parameter", name), self.compute_bytes * elements, "parameters")
         if self.fp32_gradients:
             ledger.alloc("gradients", 4 * self.plan.parameters, "gradients")
-        for index, members in enumerate(optimizer_groups(self.plan)):
-            flat = 4 * sum(members.values())
-            ledger.alloc(("master", index), flat, "master" if self.plan.mixed else "parameters")
-            for moment in (0, 1):
-                ledger.alloc(("moment", index, moment), flat, "moments")
-            if not self.plan.mixed:
-                for name in members:
+        optimizer, copies = self.plan.optimizer, has_copy(self.plan)
+        for index, group in enumerate(planned_groups(self.plan)):
+            flat = flat_elements(optimizer, group)
+            ledger.alloc(("master", index), master_bytes(self.plan) * flat, "master" if copies else "parameters")
+            for number, size in enumerate([*mean_bytes(optimizer, group.kind, flat), *factor_bytes(group)]):
+                ledger.alloc(("moment", index, number), size, "moments")
+            if optimizer.ema_decay is not None:
+                ledger.alloc(("ema", index), 4 * flat, "ema")
+            if not copies:
+                for name in group.members:
                     ledger.free(("parameter", name))
         if self.buckets:
             ledger.alloc(("bucket", 0), self.compute_bytes * self.plan.parameters, "gradients")
@@ -101,19 +114,31 @@ class ReplicatedModel:
 
     def step(self) -> None:
         """One chunk of fp32 gradients as scratch; then the gradients go."""
-        largest = max(sum(members.values()) for members in optimizer_groups(self.plan))
-        self.ledger.temporary(4 * min(largest, CHUNK_ELEMENTS))
+        optimizer, sizes = self.plan.optimizer, []
+        for group in planned_groups(self.plan):
+            if group.kind in ("muon", "adafactor"):
+                sizes.append(WHOLE_TENSORS * max(math.prod(shape) for shape in group.members.values()))
+            else:
+                sizes.append(min(flat_elements(optimizer, group), CHUNK_ELEMENTS))
+        self.ledger.temporary(4 * max(sizes))
         for parameter in self.kept:
             self.ledger.free(("gradient", parameter))
         self.kept.clear()
 
 
 def replicated_state_bytes(plan: Plan) -> dict[str, int]:
-    """single, DDP. Parameters hP; moments 8P; half precision adds masters 4P; DDP's gradient buckets stay: hP."""
-    p, h = plan.parameters, 2 if plan.mixed else 4
-    items = {"parameters": h * p, "moments": 8 * p}
-    if plan.mixed:
-        items["master"] = 4 * p
+    """single, DDP. Parameters hP; moments 8P (AdamW in fp32); half precision adds masters 4P, unless the compute copy
+    is the master; an average of the weights 4P; DDP's gradient buckets stay: hP."""
+    p, h, optimizer = plan.parameters, 2 if plan.mixed else 4, plan.optimizer
+    groups = planned_groups(plan)
+    flat = sum(flat_elements(optimizer, group) for group in groups)
+    means = (mean_bytes(optimizer, group.kind, flat_elements(optimizer, group)) for group in groups)
+    moments = sum(map(sum, means)) + sum(sum(factor_bytes(group)) for group in groups)
+    items = {"parameters": h * p if has_copy(plan) else master_bytes(plan) * flat, "moments": moments}
+    if has_copy(plan):
+        items["master"] = 4 * flat
+    if optimizer.ema_decay is not None:
+        items["ema"] = 4 * flat
     if plan.mixed and plan.gradient_dtype == "fp32":
         items["gradients"] = 4 * p
     elif plan.world_size > 1:

@@ -13,7 +13,7 @@ from typing import Any
 from .plan import Plan
 from .template import ModuleEvent
 from .timeline import MAIN, REDUCE, Ledger
-from .zero_memory import optimizer_groups, pinned_bytes
+from .zero_memory import alloc_states, optimizer_groups, pinned_bytes
 
 
 class _Group:
@@ -58,6 +58,7 @@ class Zero2Model:
         self.h = 2 if plan.mixed else 4
         self.stage2 = plan.strategy == "zero2"
         self.offload = plan.offload != "none"
+        self.shared = plan.optimizer.master == "bf16"
         #: Gradients are accumulated in a type of their own: ZeRO-2 in a flat fp32 partition, ZeRO-1 a parameter each.
         self.separate = plan.mixed and plan.gradient_dtype == "fp32"
         self.groups = [_Group(members, plan.world_size) for members in optimizer_groups(plan)]
@@ -83,9 +84,11 @@ class Zero2Model:
             ledger.alloc(("flat", index), h * group.part * self.plan.world_size, "parameters")
             for name in group.members:
                 ledger.free(("parameter", name))
-            if self.offload or h == 2:
+            if self.offload or (h == 2 and not self.shared):
                 ledger.alloc("clone", h * group.part, "temporaries")
-            if not self.offload:
+            if self.shared:
+                ledger.alloc(("clone", index), h * group.part, "temporaries")
+            elif not self.offload:
                 ledger.alloc(("master", index), 4 * group.part, "master")
             else:
                 self._on_host(("host master", index), 4 * group.part, "host_master")
@@ -98,12 +101,12 @@ class Zero2Model:
             self._init_offload()
             return
         for index, group in enumerate(self.groups):
-            ledger.alloc(("zeros", index), 4 * group.part, "temporaries")
+            ledger.alloc(("zeros", index), (h if self.shared else 4) * group.part, "temporaries")
         for index in range(len(self.groups)):
             ledger.free(("zeros", index))
+            ledger.free_if_live(("clone", index))  # the master becomes the partition itself
         for index, group in enumerate(self.groups):
-            for moment in (0, 1):
-                ledger.alloc(("moment", index, moment), 4 * group.part, "moments")
+            alloc_states(self.plan, ledger, index, group.part)
 
     def _init_offload(self) -> None:
         """A staging buffer of the largest parameter on both sides; the fp32 gradient and the moments on the host."""
@@ -113,8 +116,7 @@ class Zero2Model:
         for index, group in enumerate(self.groups):
             self._on_host(("host gradient", index), 4 * group.part, "host_gradients")
         for index, group in enumerate(self.groups):
-            for moment in (0, 1):
-                self.host.alloc(("host moment", index, moment), 4 * group.part, "host_moments")
+            alloc_states(self.plan, self.host, index, group.part, "host_")
 
     def _on_host(self, key: Any, size_bytes: int, item: str) -> None:
         """Made pageable first; page-locked memory is a copy, rounded up to a power of two."""
@@ -315,10 +317,11 @@ class Zero2Model:
                 self._fp32_gradient(index, group)
                 continue
             self.ledger.alloc("flat gradient", self.h * group.part, "temporaries")
-            self.ledger.alloc("fp32 gradient", 4 * group.part, "temporaries")
-            self.ledger.free("flat gradient")
+            if not self.shared:
+                self.ledger.alloc("fp32 gradient", 4 * group.part, "temporaries")
+                self.ledger.free("flat gradient")
             self._let_go(index)
-            self.ledger.free("fp32 gradient")
+            self.ledger.free("flat gradient" if self.shared else "fp32 gradient")
 
     def _fp32_gradient(self, index: int, group: _Group) -> None:
         self.ledger.alloc("fp32 gradient", 4 * group.part, "temporaries")

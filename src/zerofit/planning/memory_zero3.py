@@ -16,7 +16,7 @@ from typing import Any
 from .plan import Plan
 from .template import ModuleEvent
 from .timeline import GATHER, MAIN, REDUCE, Ledger, parameter_elements
-from .zero_memory import pinned_bytes, sub_groups, zero_state_bytes
+from .zero_memory import alloc_states, pinned_bytes, sub_groups, zero_state_bytes
 
 #: In a set, whose order Python does not promise, DeepSpeed's parameters follow their construction.
 NEVER = -(10**10)
@@ -32,6 +32,7 @@ class Zero3Model:
         self.elements = parameter_elements(plan)
         self.offload = plan.offload != "none"
         self.offload_parameters = plan.offload_parameters != "none"
+        self.shared = plan.optimizer.master == "bf16"
         self.gather = _Coordinator(plan, ledger, self.elements, modules)
         self.bucket: list[str] = []
         self.bucket_elements = 0
@@ -77,6 +78,9 @@ class Zero3Model:
         before = None
         sizes = self._sub_group_parts()
         for index, part in enumerate(sizes):
+            if self.shared:
+                self.ledger.alloc(("copy", index), self.h * part, "temporaries")
+                continue
             if self.h == 2:
                 self.ledger.alloc(("copy", index), 4 * part, "temporaries")
                 if before is not None:
@@ -85,7 +89,7 @@ class Zero3Model:
             self.ledger.alloc(("master", index), 4 * part, "master")
         if before is not None:
             self.ledger.free(before)
-        self.ledger.temporary(4 * max(sizes))
+        self.ledger.temporary((self.h if self.shared else 4) * max(sizes))
 
     def _sub_group_parts(self) -> list[int]:
         """Elements of each sub-group on one rank."""
@@ -93,9 +97,9 @@ class Zero3Model:
 
     def _moments(self) -> None:
         for index, part in enumerate(self._sub_group_parts()):
-            for moment in (0, 1):
-                if not self.offload:
-                    self.ledger.alloc(("moment", index, moment), 4 * part, "moments")
+            self.ledger.free_if_live(("copy", index))  # a bf16 master becomes the partition itself
+            if not self.offload:
+                alloc_states(self.plan, self.ledger, index, part)
 
     def _on_host(self) -> None:
         """What `zero_memory` says; page-locked blocks are one an item and sub-group, rounded up."""
@@ -183,7 +187,7 @@ class Zero3Model:
     def _step_sub_group(self, part: int, members: int) -> None:
         if members > 1:
             self.ledger.alloc("flat gradient", self.g * part, "temporaries")
-        if self.g != 4:
+        if self.g != 4 and not self.shared:
             self.ledger.alloc("fp32 gradient", 4 * part, "temporaries")
             self.ledger.free_if_live("flat gradient")
         self.ledger.free_if_live("fp32 gradient")

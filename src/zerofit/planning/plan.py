@@ -8,20 +8,39 @@ from typing import Literal
 from pydantic import Field
 
 from ..config.models import ModelConfig, Section
+from ..config.optimizers import MasterType, OptimizerKind, StateType
 from ..config.schema import LossScaleConfig, Offload, Precision, Strategy
 
 
 class OptimizerPlan(Section):
     """What the engine builds its optimizer from, after partitioning."""
 
-    kind: Literal["adamw"] = "adamw"
+    kind: OptimizerKind = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.9
+    nesterov: bool = False
+    orthogonal_steps: int = 5
+    beta2_decay: float = -0.8
+    update_clip: float = 1.0
     weight_decay: float = 0.1
     grad_clip: float = 1.0
     """0: no clipping."""
+    state: StateType = "fp32"
+    """Of the moments."""
+    master: MasterType = "fp32"
+    """bf16: the compute copy is what is updated."""
     cpu_kernel: Literal["torch", "deepspeed"] = "torch"
+    seed: int = 1337
+    """Of stochastic rounding."""
+    ema_decay: float | None = None
+    """Of the average of the weights; None: none is kept."""
+
+    @property
+    def is_plain(self) -> bool:
+        """AdamW with fp32 states: torch's fused kernel does it."""
+        return self.kind == "adamw" and self.state == "fp32" and self.master == "fp32"
 
 
 class ZeroPlan(Section):

@@ -6,8 +6,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 
+from ..config.optimizers import LOW_BIT_KINDS, why_not
 from .batch import BatchSplit
-from .candidates import Builder, Candidate, Rung
+from .candidates import LOW_BIT, Builder, Candidate, Rung, describe_states
 from .plan import Plan, ZeroPlan
 from .sizes import GIB
 
@@ -18,6 +19,7 @@ GPU_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512
 def remedies(builder: Builder, missed: Candidate) -> tuple[str, ...]:
     """``fits at micro-batch 2``, ``fits with every block checkpointed``, ``fits on 6 GPUs``, …: nearest first."""
     found = list(_smaller(builder, missed))
+    found += list(_low_bit(builder, missed.plan))
     found += list(_more_gpus(builder, missed.plan))
     return (*found, *_more_room(missed))
 
@@ -56,6 +58,23 @@ def _micro_batch_that_fits(builder: Builder, plan: Plan, every: int) -> int | No
     changed.reverse()
     index = bisect_left(changed, True, key=lambda smaller: _fits(builder, smaller))
     return changed[index].micro_batch if index < len(changed) else None
+
+
+def _low_bit(builder: Builder, plan: Plan) -> Iterator[str]:
+    """The least lossy smaller states that fit."""
+    optimizer = plan.optimizer
+    for state, master in LOW_BIT[1:]:
+        if (state, master) == (optimizer.state, optimizer.master):
+            continue
+        if why_not(optimizer.kind, state, master, plan.strategy, plan.offload) or optimizer.kind not in LOW_BIT_KINDS:
+            return
+        if master == "bf16" and (plan.precision != "bf16" or plan.gradient_dtype == "fp32"):
+            return
+        smaller = optimizer.model_copy(update={"state": state, "master": master})
+        if _fits(builder, plan.model_copy(update={"optimizer": smaller})):
+            flags = f"--optimizer.state {state}" + (f" --optimizer.master {master}" if master == "bf16" else "")
+            yield f"fits with {describe_states(smaller)}: {flags}"
+            return
 
 
 def _more_gpus(builder: Builder, plan: Plan) -> Iterator[str]:

@@ -7,11 +7,13 @@ the fit and its residuals). `FORMULAS` says all of it in words, for ``zerofit pl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..config.image_models import ResNetConfig
 from . import speed_images as images
 from .calibration import Rates
+from .optimizer_states import BLOCK, MEANS, planned_groups
 from .plan import Plan
 from .work import Work, work_of
 
@@ -212,9 +214,35 @@ def _optimizer_seconds(plan: Plan, found: Rates) -> float:
     """On the GPU; offloaded, it is part of `_offload_seconds`."""
     if plan.offload != "none":
         return 0.0
+    more = _state_traffic(plan)
     if plan.strategy.startswith("zero"):
-        return ZERO_STEP_BYTES * plan.parameters / plan.world_size / found.bandwidth
-    return (ADAM_BYTES if plan.mixed else ADAM_FP32_BYTES) * plan.parameters / found.bandwidth
+        return (ZERO_STEP_BYTES + more) * plan.parameters / plan.world_size / found.bandwidth
+    usual = ADAM_BYTES if plan.mixed else ADAM_FP32_BYTES
+    seconds = (usual + more) * plan.parameters / found.bandwidth
+    return seconds + orthogonal_flops(plan) / (PRODUCT_SHARE * found.matrix_flops)
+
+
+def _state_traffic(plan: Plan) -> float:
+    """Bytes a parameter that another optimizer than fp32 AdamW reads and writes more (or less): states there and back,
+    no compute copy beside a bf16 master, the fp32 gradient gathered first. Counted, not measured."""
+    optimizer = plan.optimizer
+    if optimizer.is_plain:
+        return 8.0 if optimizer.ema_decay is not None else 0.0
+    means = {"fp32": 4.0, "bf16": 2.0, "8bit": 1 + 4 / BLOCK}[optimizer.state] * len(MEANS[optimizer.kind])
+    fewer = 2 * (8 - means) + (2 * 2 + 2 if optimizer.master == "bf16" else 0)
+    return 8 - fewer + (8 if optimizer.ema_decay is not None else 0)
+
+
+def orthogonal_flops(plan: Plan) -> float:
+    """Of Muon's Newton-Schulz iterations over all matrices: 4 r^2 c + 2 r^3 each, r the shorter side."""
+    if plan.optimizer.kind != "muon":
+        return 0.0
+    total = 0.0
+    for group in planned_groups(plan):
+        for shape in group.members.values() if group.kind == "muon" else ():
+            r, c = sorted((shape[0], math.prod(shape[1:])))
+            total += plan.optimizer.orthogonal_steps * (4 * r * r * c + 2 * r**3)
+    return total
 
 
 def _offload_seconds(plan: Plan, found: Rates, backward: float) -> float:

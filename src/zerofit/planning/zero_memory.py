@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
+from .optimizer_states import mean_bytes
 from .plan import Plan
+from .timeline import Ledger
 
 #: Smaller partitions are not swapped to NVMe (``swap_tensor/utils.py``: MIN_AIO_BYTES).
 MIN_SWAP_BYTES = 1024**2
@@ -69,16 +71,34 @@ def _replicated(plan: Plan, rank: int) -> dict[str, int]:
     part = sum(parts)
     parameters = h * part * plan.world_size
     if plan.offload == "none":
-        return {"parameters": parameters, "master": 4 * part, "moments": 8 * part}
+        return {"parameters": parameters, **_states(plan, parts)}
     staging = h * max(max(group) for group in groups)
     return {
         "parameters": parameters,
         "buckets": staging,
         "host_parameters": h * part,
         "host_gradients": 4 * part + staging + _accumulated_on_host(plan, groups, parts, rank),
-        "host_master": 4 * part,
-        "host_moments": 8 * part,
+        **_states(plan, parts, "host_"),
     }
+
+
+def _states(plan: Plan, parts: Iterable[int], where: str = "") -> dict[str, int]:
+    """Master 4 an element, unless it is the compute copy itself; the means; an fp32 average of the weights 4."""
+    parts = list(parts)
+    items = {} if plan.optimizer.master == "bf16" else {f"{where}master": 4 * sum(parts)}
+    kind = plan.optimizer.kind
+    items[f"{where}moments"] = sum(size for part in parts for size in mean_bytes(plan.optimizer, kind, part))
+    if plan.optimizer.ema_decay is not None:
+        items[f"{where}ema"] = 4 * sum(parts)
+    return items
+
+
+def alloc_states(plan: Plan, ledger: Ledger, index: int, part: int, where: str = "") -> None:
+    """Allocate what the optimizer keeps of the `index`-th flat partition, of `part` elements, beside its master."""
+    for number, size in enumerate(mean_bytes(plan.optimizer, plan.optimizer.kind, part)):
+        ledger.alloc((f"{where}moment", index, number), size, f"{where}moments")
+    if plan.optimizer.ema_decay is not None:
+        ledger.alloc((f"{where}ema", index), 4 * part, f"{where}ema")
 
 
 def _accumulated_on_host(plan: Plan, groups: list[list[int]], parts: list[int], rank: int) -> int:
@@ -122,14 +142,14 @@ def _kept_whole(plan: Plan, sizes: list[int]) -> int:
 
 
 def _sharded_states(plan: Plan, part: int) -> dict[str, int]:
-    """Gradients of the window g, master 4, moments 8 a partition element; offloaded, an fp32 gradient as well."""
+    """Gradients of the window g and the states of each sub-group; offloaded, an fp32 gradient (4) as well."""
     gradients = _gradient_bytes(plan) * part
+    parts = [sum(_part(size, plan) for size in members) for members in sub_groups(plan)]
     if plan.offload == "none":
-        return {"gradients": gradients, "master": 4 * part, "moments": 8 * part}
+        return {"gradients": gradients, **_states(plan, parts)}
     if plan.offload == "nvme":
-        sizes = (sum(_part(size, plan) for size in members) for members in sub_groups(plan))
-        part = sum(size for size in sizes if 4 * size < MIN_SWAP_BYTES)
-    return {"host_gradients": gradients + 4 * part, "host_master": 4 * part, "host_moments": 8 * part}
+        parts = [size for size in parts if 4 * size < MIN_SWAP_BYTES]
+    return {"host_gradients": gradients + 4 * sum(parts), **_states(plan, parts, "host_")}
 
 
 def _part(size: int, plan: Plan) -> int:

@@ -50,6 +50,8 @@ class Checkpoints:
         self.saver, self.engine, self.config, self.plan, self.world = saver, engine, config, plan, world
         self.data, self.probe, self.events, self.display = data, probe, events, display
         self.best, self.facts = task.best, task.facts(config)
+        #: Where the run ends: the clock or early stopping may end it before ``max_steps``.
+        self.last_step = config.max_steps
         self._probed: tuple[int, Pending[float]] | None = None
         self._begun_step: int | None = None
         self._stall_seconds: dict[int, float] = {}
@@ -67,7 +69,7 @@ class Checkpoints:
         started = time.perf_counter()
         names = ["latest"]
         names += ["best"] if best else []
-        names += ["final"] if progress.step == self.config.max_steps else []
+        names += ["final"] if progress.step == self.last_step else []
         if self._probed is None or self._probed[0] != progress.step:
             self.announce(progress.step)
         assert self._probed is not None
@@ -173,6 +175,9 @@ class Checkpoints:
             "best_loss": progress.best_value if self.best == Best("val_loss") else None,
             "best_step": progress.best_step,
             "skips_in_a_row": progress.skips_in_a_row,
+            "train_seconds": progress.train_seconds,
+            "watched_best": progress.watched_best,
+            "evaluations_without_improvement": progress.evaluations_without_improvement,
             "probe_loss": loss,
             "zerofit": __version__,
             "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

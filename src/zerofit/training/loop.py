@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+from ..config.durations import parse_duration
 from ..config.schema import Config
 from ..engines.base import Engine
-from ..errors import Interrupted, TrainingFailed
+from ..errors import ConfigError, Interrupted, TrainingFailed
 from ..models.base import ModelSpec
 from ..planning.gpus import match_name
 from ..planning.plan import Plan
 from ..tasks.base import Loader, Task
-from ..types import SAVE, STOP, PendingStep, World
+from ..types import FINISH, SAVE, STOP, PendingStep, World
 from .checkpoints import FINAL_PATIENCE_SECONDS, Checkpoints
 from .evaluate import Evaluator
 from .events import EventLog
@@ -56,44 +57,57 @@ class Trainer:
         self.flops_per_item = spec.flops_per_item(plan.model)
         self.peak_flops = _peak_flops(world, plan)
         self.scorecard = Scorecard(plan, world)
-        self.mark = time.perf_counter()
+        self.mark = self.began = time.perf_counter()
+        length = parse_duration(config.duration) if config.duration is not None else None
+        self.seconds = length.amount if length is not None and length.unit == "seconds" else None
 
     def train(self) -> None:
-        """Train until ``max_steps``.
+        """Train until ``max_steps``, until the time is over, or until early stopping's patience is.
 
         Raises:
             Interrupted: asked to stop; a checkpoint was saved first.
             TrainingFailed: the gradient stayed not finite, or the last checkpoint could not be written.
         """
         pending: PendingStep | None = None
-        self.mark = time.perf_counter()
+        self.mark = self.began = time.perf_counter()
+        if self._patience_is_over():
+            self._end_at(self.progress.step, "early stopping had ended this run, and its patience is not longer now")
+        elif self.seconds is not None and self.progress.train_seconds >= self.seconds:  # as the checkpoint says to all
+            self._end_at(self.progress.step, f"the duration {self.config.duration} was over already")
         for step in range(self.progress.step, self.config.max_steps):
+            if step >= self.last_step:
+                break
             lr = learning_rate(self.config, step)
-            wishes = self.stop.wishes | self.checkpoints.wishes()
+            wishes = self.stop.wishes | self.checkpoints.wishes() | self._clock_wishes()
             following = self.engine.train_step(self.loader.window(step), lr, step, wishes)
             wishes = self._record(step - 1, pending) if pending else 0
             pending, self.progress.step = following, step + 1
+            if wishes & FINISH:
+                self._end_at(step + 1, f"the duration {self.config.duration} is over")
             due = self._pause_is_due(step + 1) or bool(wishes)
             if self._save_is_due(step + 1):
                 self.checkpoints.announce(step + 1)
             if due or self.world.device.type == "cpu":  # on a CPU the step is done already: nothing to hide
                 wishes |= self._record(step, pending)
                 pending = None
+                if wishes & FINISH and step + 1 < self.last_step:
+                    self._end_at(step + 1, f"the duration {self.config.duration} is over")
             if due or wishes:
                 self._pause(step + 1, save=bool(wishes & SAVE))
-                if wishes & STOP and step + 1 < self.config.max_steps:
+                if wishes & STOP and step + 1 < self.last_step:
                     self._interrupt(step + 1)
         self.checkpoints.finish()
         self.events.write("end", step=self.progress.step, **_peaks(self.world))
         self.scorecard.finish(_peaks(self.world), self.events, self.display)
 
     def _pause_is_due(self, done: int) -> bool:
-        return self._evaluation_is_due(done) or self._save_is_due(done) or done == self.config.max_steps
+        return self._evaluation_is_due(done) or self._save_is_due(done) or done == self.last_step
 
     def _pause(self, done: int, save: bool) -> None:
         """Between two steps: evaluate and save what is due or, with `save`, asked for. Its time is not the step's."""
         improved = self._evaluation_is_due(done) and self._evaluate(done)
-        if self._save_is_due(done) and done == self.config.max_steps:
+        self._count_time()
+        if self._save_is_due(done) and done == self.last_step:
             self.checkpoints.save_now(self.progress, improved, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
         elif save or self._save_is_due(done) or (improved and self.config.save_on_improvement):
             self.checkpoints.save(self.progress, improved)
@@ -102,14 +116,14 @@ class Trainer:
     def _evaluation_is_due(self, done: int) -> bool:
         interval = self.config.eval_interval
         if interval == "epoch":
-            return self._epoch_ends(done) or done == self.config.max_steps
-        return interval != "never" and (done % interval == 0 or done == self.config.max_steps)
+            return self._epoch_ends(done) or done == self.last_step
+        return interval != "never" and (done % interval == 0 or done == self.last_step)
 
     def _save_is_due(self, done: int) -> bool:
         interval = self.config.save_interval
         if interval == "never":
             return False
-        if done == self.config.max_steps:
+        if done == self.last_step:
             return True
         if interval == "evaluation":
             return self._evaluation_is_due(done)
@@ -171,13 +185,62 @@ class Trainer:
         epoch = self.loader.epoch_of_step(done - 1)
         self.events.write("eval", step=done, epoch=epoch, **metrics, eval_seconds=time.perf_counter() - started)
         self.progress.metrics, self.progress.metrics_step = metrics, done
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        value = metrics[self.best.metric]
-        improved = self.best.better(value, self.progress.best_value)
-        self.display.say(f"step {done}: {shown}{'  (best so far)' if improved else ''}")
+        improved = self.best.better(metrics[self.best.metric], self.progress.best_value)
+        self.display.evaluation(done, metrics, improved)
         if improved:
-            self.progress.best_value, self.progress.best_step = value, done
+            self.progress.best_value, self.progress.best_step = metrics[self.best.metric], done
+        self._watch_metric(done, metrics)
         return improved
+
+    @property
+    def last_step(self) -> int:
+        """Where the run ends, as far as is known; the same on every rank."""
+        return self.checkpoints.last_step
+
+    def _end_at(self, done: int, reason: str) -> None:
+        """End the run after `done` steps: its last evaluation and its final checkpoint are those of that step."""
+        self.checkpoints.last_step = done
+        self.events.write("ending", step=done, reason=reason)
+        self.display.say(f"Ending at step {done}: {reason}.")
+
+    def _clock_wishes(self) -> int:
+        """`types.FINISH` when the main rank's clock says that the duration is over; other ranks have no clock."""
+        if self.seconds is None or not self.world.is_main:
+            return 0
+        self._count_time()
+        return FINISH if self.progress.train_seconds >= self.seconds else 0
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.progress.train_seconds += now - self.began
+        self.began = now
+
+    def _watch_metric(self, done: int, metrics: dict[str, float]) -> None:
+        """Early stopping: the same metrics, and so the same decision, on every rank.
+
+        Raises:
+            ConfigError: no evaluated metric has that name.
+        """
+        watch, progress = self.config.early_stopping, self.progress
+        if watch.patience is None:
+            return
+        if watch.metric not in metrics:
+            raise ConfigError(
+                f"early_stopping.metric {watch.metric}: an evaluation of this run has {', '.join(metrics)}. Name one "
+                f"of those."
+            )
+        value = metrics[watch.metric] if watch.mode == "min" else -metrics[watch.metric]
+        if progress.watched_best is None or value < progress.watched_best - watch.min_delta:
+            progress.watched_best, progress.evaluations_without_improvement = value, 0
+            return
+        progress.evaluations_without_improvement += 1
+        if self._patience_is_over() and done < self.last_step:
+            count = progress.evaluations_without_improvement
+            self._end_at(done, f"{watch.metric} has not improved in {count} evaluations")
+
+    def _patience_is_over(self) -> bool:
+        patience = self.config.early_stopping.patience
+        return patience is not None and self.progress.evaluations_without_improvement >= patience
 
     def _asked_to_stop(self) -> bool:
         return bool(self.stop.wishes & STOP)

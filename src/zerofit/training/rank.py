@@ -53,7 +53,7 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         evaluator = Evaluator(task, feed.evaluation)
         events = EventLog(run / "events.jsonl", world.is_main)
         cleanup.callback(events.close)
-        display = open_display(world.is_main, config.max_steps, progress.step, config.log_interval)
+        display = open_display(world.is_main, config, progress.step)
         cleanup.callback(display.close)
         tell_start(engine, source, plan, events, display)
         saver = Saver(
@@ -121,6 +121,9 @@ def progress_of(source: Source) -> Progress:
         metrics=dict(state.get("metrics") or {}),
         metrics_step=state.get("metrics_step"),
         skips_in_a_row=state.get("skips_in_a_row", 0),
+        train_seconds=state.get("train_seconds") or 0.0,
+        watched_best=state.get("watched_best"),
+        evaluations_without_improvement=state.get("evaluations_without_improvement", 0),
     )
 
 

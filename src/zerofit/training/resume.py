@@ -16,7 +16,8 @@ from ..planning.plan import Plan
 MAY_CHANGE = (
     "name", "runs_dir", "data.path", "data.prepare", "data.val_fraction", "data.num_workers", "data.prefetch_factor",
     "data.pin_memory", "data.max_bad_fraction", "model.init_from", "model.pretrained",
-    "max_steps", "optimizer.learning_rate", "optimizer.cpu_kernel", "schedule.*",
+    "max_steps", "duration", "optimizer.learning_rate", "optimizer.cpu_kernel", "optimizer.state", "optimizer.master",
+    "schedule.*", "early_stopping.*", "ema_decay",
     "eval_*", "log_*", "save_*", "keep_*", "sample_*",
     "global_batch", "micro_batch", "accumulation_steps",
     "strategy", "offload", "offload_parameters", "nvme_path", "zero.*", "loss_scale.*",
@@ -44,7 +45,7 @@ def check_resumable(folder: Path, manifest: Manifest, config: Config, plan: Plan
     state = manifest.state
     _refuse_another(folder, "global_batch", state["global_batch"], plan.global_batch)
     before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".kind"), key)):
         if not may_change(key) and before.get(key) != now.get(key):
             _refuse_another(folder, key, before.get(key), now.get(key))
     for split, found in data.items():

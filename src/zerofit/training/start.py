@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from rich.console import Console
 
 from ..checkpoint import retention
 from ..checkpoint.manifest import check_same_model, read_manifest, step_name
 from ..config.arguments import Request
+from ..config.durations import parse_duration
 from ..config.image_models import ImageModelShape
-from ..config.load import ResolvedConfig
+from ..config.load import COMMAND_LINE, DEFAULT, ResolvedConfig
 from ..config.models import HuggingFaceConfig
 from ..config.schema import Config
 from ..errors import CheckpointError, ConfigError
-from ..planning.candidates import CHECKPOINT_BYTES_A_PARAMETER
 from ..planning.candidates import checkpoint_bytes as kept_checkpoint_bytes
 from ..planning.choose import Choice, choose
 from ..planning.explain import print_choice
 from ..planning.hardware import Hardware, probe
 from ..planning.huggingface import completed
+from ..planning.optimizer_states import checkpoint_bytes_a_parameter
 from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
 from ..tasks import task_of
@@ -150,8 +151,59 @@ def make_plan(config: Config, console: Console) -> tuple[Choice, Hardware]:
     """Choose for this machine, and print the choice with its warnings."""
     hardware = probe(config.runs_dir, config.nvme_path)
     choice = choose(config, hardware)
-    print_choice(console, config, choice)
+    print_choice(console, config.model_copy(update={"max_steps": steps_of(config, choice.plan)}), choice)
     return choice, hardware
+
+
+def steps_of(config: Config, plan: Plan) -> int:
+    """Optimizer steps of the run: ``max_steps``, or what ``duration`` comes to with the plan's batch and the data."""
+    if config.duration is None:
+        return config.max_steps
+    length = parse_duration(config.duration)
+    epoch = task_of(config.model).epoch_samples(config) if length.unit == "epochs" else None
+    steps = length.steps(epoch_samples=epoch, global_batch=plan.global_batch, sample_tokens=plan.model.items_per_sample)
+    assert steps is not None
+    return steps
+
+
+def with_duration(resolved: ResolvedConfig, plan: Plan) -> ResolvedConfig:
+    """The configuration whose ``max_steps`` is what its duration comes to.
+
+    What stands nearer to the command line wins; of two on one level the same must come out.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    config, origins = resolved.config, resolved.origins
+    if config.duration is None:
+        return resolved
+    steps = steps_of(config, plan)
+    if _level(origins["max_steps"]) == _level(origins["duration"]) and steps != config.max_steps:
+        raise ConfigError(
+            f"duration {config.duration} ({origins['duration']}) comes to {steps:,} steps, and max_steps says "
+            f"{config.max_steps:,} ({origins['max_steps']}). A run has one length: keep one of the two."
+        )
+    return ResolvedConfig(
+        config.model_copy(update={"max_steps": steps}),
+        {**origins, "max_steps": f"duration {config.duration}"},
+    )
+
+
+def without_overruled_duration(resolved: ResolvedConfig) -> ResolvedConfig:
+    """A ``max_steps`` that stands nearer to the command line than the duration takes its place."""
+    config, origins = resolved.config, resolved.origins
+    if config.duration is None or _level(origins["max_steps"]) <= _level(origins["duration"]):
+        return resolved
+    return ResolvedConfig(
+        config.model_copy(update={"duration": None}), {**origins, "duration": f"overruled: {origins['max_steps']}"}
+    )
+
+
+def _level(origin: str) -> int:
+    """Default 0, preset 1, file 2, command line 3."""
+    if origin == DEFAULT:
+        return 0
+    return 3 if origin == COMMAND_LINE else 1 if origin.startswith("preset ") else 2
 
 
 def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | None:
@@ -164,8 +216,9 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
     console = Console()
     _refuse_two_starts(request)
     folder = choose_folder(resolved, request.default_name, request.resume)
-    resolved = with_data(resolved, console)
+    resolved = with_data(without_overruled_duration(resolved), console)
     choice, hardware = make_plan(resolved.config, console)
+    resolved = with_duration(resolved, choice.plan)
     lock = None if request.dry_run else acquire_run(folder)
     try:
         if lock is not None:
@@ -227,6 +280,8 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
 
         source = open_source(start.checkpoint, plan.model)
         check_same_model(source.folder, source.shapes(), plan.model)
+        if start.how == "load":
+            _refuse_another_optimizer(source.folder, source.state, config)
         if start.how == "load" and (source.step or 0) >= config.max_steps:
             raise ConfigError(
                 f"{source.folder} is of step {source.step}, and max_steps {config.max_steps} leaves nothing to train. "
@@ -244,6 +299,16 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
         afresh = f"; {', '.join(sorted(lacking))} start afresh" if lacking else ""
         _say(console, f"Weights from {model.init_from or 'torchvision'}{afresh}.")
     return start
+
+
+def _refuse_another_optimizer(folder: Path, state: Mapping[str, Any], config: Config) -> None:
+    """Running means mean something to the optimizer that made them. What other tools write here is AdamW's."""
+    made_by, asked = (state.get("config") or {}).get("optimizer", {}).get("kind", "adamw"), config.optimizer.kind
+    if made_by != asked:
+        raise CheckpointError(
+            f"--load-checkpoint {folder}: its optimizer states are {made_by}'s, and optimizer.kind {asked} was asked "
+            f"for, which keeps others. Take its weights alone with --weights-only, or use optimizer.kind {made_by}."
+        )
 
 
 def _refuse_another_run(folder: Path, checkpoint: Path) -> None:
@@ -286,8 +351,9 @@ def _refuse_a_full_disk(folder: Path, config: Config, plan: Plan) -> None:
 
 
 def checkpoint_bytes(plan: Plan) -> int:
-    """Bytes of one checkpoint over all ranks: fp32 masters and two moments, and the manifest."""
-    return CHECKPOINT_BYTES_A_PARAMETER * plan.parameters + 2 * MIB
+    """Bytes of one checkpoint over all ranks: masters, means and average in fp32, and the manifest."""
+    optimizer = plan.optimizer
+    return checkpoint_bytes_a_parameter(optimizer.kind, optimizer.ema_decay is not None) * plan.parameters + 2 * MIB
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:

@@ -19,3 +19,8 @@ class Progress:
     metrics_step: int | None = None
     """Step of the newest evaluation."""
     skips_in_a_row: int = 0
+    train_seconds: float = 0.0
+    """Time spent on steps, evaluations and saves, this part of the run and those before; the main rank's counts."""
+    watched_best: float | None = None
+    """Best value of early stopping's metric, negated where larger ones are better."""
+    evaluations_without_improvement: int = 0
