@@ -84,16 +84,18 @@ NO_DATA = (("data.path", "data"),)
 
 
 def with_steps(config: Config, choice: Choice) -> Config:
-    """The configuration with the steps that its duration comes to under the chosen batch.
-
-    Raises:
-        DataError: epochs of data that is not there.
-    """
+    """The configuration with the steps that its duration comes to under the chosen batch; of epochs of data that is
+    not there nobody knows how many (`ENDLESS_STEPS`)."""
+    from ..config.durations import ENDLESS_STEPS
     from ..training.start import steps_of
 
     if config.duration is None or choice.chosen is None:
         return config
-    return config.model_copy(update={"max_steps": steps_of(config, choice.chosen.plan)})
+    try:
+        steps = steps_of(config, choice.chosen.plan)
+    except DataError:
+        steps = ENDLESS_STEPS
+    return config.model_copy(update={"max_steps": steps})
 
 
 def with_vocabulary(resolved: ResolvedConfig) -> Config:
