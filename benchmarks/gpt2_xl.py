@@ -35,12 +35,20 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2-bucket200m": {"strategy": "zero2", "zero": {"reduce_bucket_elements": 200_000_000}},
     "zero2-bucket500m": {"strategy": "zero2", "zero": {"reduce_bucket_elements": 500_000_000}},
     "zero3": {"strategy": "zero3", "compile": False},
+    "fsdp2": {"strategy": "fsdp2"},
+    "fsdp2-kept": {"strategy": "fsdp2", "fsdp": {"reshard_after_forward": False}},
+    "fsdp2-eager": {"strategy": "fsdp2", "compile": False},
+    "fsdp2-micro24": {"strategy": "fsdp2", "micro_batch": 24},
+    "fsdp2-fp16-acc8": {
+        "strategy": "fsdp2", "precision": "fp16", "micro_batch": 1, "accumulation": 8, "compile": False, "steps": 8,
+    },
     "zero2-eager": {"strategy": "zero2", "compile": False},
     "zero2-cpu": {"strategy": "zero2", "offload": "cpu", "steps": 6},
     "zero2-fp16-acc8": {
         "strategy": "zero2", "precision": "fp16", "micro_batch": 1, "accumulation": 8, "compile": False, "steps": 8,
     },
     "peer-ddp": {"peer": "ddp"},
+    "peer-fsdp2": {"peer": "fsdp2"},
     "peer-zero2": {"peer": "deepspeed", "stage": 2},
     "peer-zero3": {"peer": "deepspeed", "stage": 3},
 }  # fmt: skip
@@ -177,6 +185,7 @@ def run_ours(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
         compile=case.get("compile", True),
         optimizer=OptimizerPlan(cpu_kernel=case.get("cpu_kernel", "torch")),
         zero=ZeroPlan(pin_memory=cuda, **case.get("zero", {})),
+        fsdp=case.get("fsdp", {}),
     )
     opened = open_world(plan, launcher_store())
     world = opened.__enter__()
@@ -212,7 +221,7 @@ def run_peer(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
     micro_batch = case.get("micro_batch", 8)
     (batch,) = window_of(ours, micro_batch, 1, rank)
     x, y = (batch.inputs[name].cuda() for name in ("tokens", "targets"))
-    make = _peer_ddp if case["peer"] == "ddp" else _peer_deepspeed
+    make = {"ddp": _peer_ddp, "fsdp2": _peer_fsdp2, "deepspeed": _peer_deepspeed}[case["peer"]]
     step = make(peer.GPT(config), case, rank, x, y)
     from zerofit.models import model_spec
 
@@ -233,6 +242,30 @@ def _peer_ddp(model: Any, case: dict[str, Any], rank: int, x: Any, y: Any) -> Ca
             _, loss = replica(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(replica.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def _peer_fsdp2(model: Any, case: dict[str, Any], rank: int, x: Any, y: Any) -> Callable[[int], float]:
+    """Plain FSDP2 as PyTorch's tutorials write it: fp32 shards, bf16 copies, compiled blocks, fused AdamW."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = model.to(x.device)
+    for block in model.transformer.h:
+        block.compile()
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(index: int) -> float:
+        _, loss = model(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss)

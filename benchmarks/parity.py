@@ -1,6 +1,7 @@
 """The same ten steps under one strategy: losses and gradient norms, to set beside those of another.
 
     python benchmarks/parity.py --strategy zero2 --precision bf16 [--gpus 2] [--offload cpu] [--compile]
+    python benchmarks/parity.py --strategy fsdp2 --precision bf16 --gpus 4 --plan '{"gradient_dtype": "fp32"}'
 
 A GPT-2 of 8 layers and width 512 on random tokens with unevenly masked targets, a global batch of 8 samples whatever
 the number of ranks, clipping active. On GPUs with NCCL where there are any, else on CPU processes with gloo.
@@ -9,6 +10,7 @@ the number of ranks, clipping active. On GPUs with NCCL where there are any, els
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ def main() -> None:
     parser.add_argument("--offload", default="none")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--plan", type=json.loads, default={}, help="more settings of the plan, as JSON")
     parser.add_argument("--inside", action="store_true", help="be a rank; without it the ranks are started")
     args = parser.parse_args()
     if args.inside:
@@ -30,8 +33,14 @@ def main() -> None:
         print(run_ranks(**{k: v for k, v in vars(args).items() if k != "inside"}))
 
 
-def run_ranks(strategy: str, precision: str, offload: str = "none", gpus: int = 1, compile: bool = False) -> Any:
-    """Losses and gradient norms of each step, ``[[loss, norm], ...]``, from processes of their own."""
+def run_ranks(
+    strategy: str, precision: str, offload: str = "none", gpus: int = 1, compile: bool = False, plan: Any = None
+) -> Any:
+    """Losses and gradient norms of each step, ``[[loss, norm], ...]``, from processes of their own.
+
+    Args:
+        plan: more settings of the plan, by name.
+    """
     from zerofit.launch.trials import Trial, run_trial
 
     arguments = [
@@ -44,6 +53,8 @@ def run_ranks(strategy: str, precision: str, offload: str = "none", gpus: int = 
         offload,
         "--gpus",
         str(gpus),
+        "--plan",
+        json.dumps(plan or {}),
     ]
     outcome = run_trial(Trial(Path(__file__), [*arguments, *(["--compile"] if compile else [])], gpus, 200))
     if outcome.result is None:
@@ -66,17 +77,20 @@ def run_rank(args: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     model = GPT2Config(n_layer=8, n_head=8, n_embd=512, vocab_size=5000, block_size=128, pad_vocab_to=64)
     plan = Plan(
-        model=model,
-        parameters=model.parameter_count(),
-        strategy=args.strategy,
-        offload=args.offload,
-        device="cuda" if cuda else "cpu",
-        world_size=args.gpus,
-        micro_batch=2,
-        accumulation_steps=GLOBAL_BATCH // (2 * args.gpus),
-        precision=args.precision,
-        compile=args.compile,
-        zero=ZeroPlan(pin_memory=cuda),
+        **{
+            "model": model,
+            "parameters": model.parameter_count(),
+            "strategy": args.strategy,
+            "offload": args.offload,
+            "device": "cuda" if cuda else "cpu",
+            "world_size": args.gpus,
+            "micro_batch": 2,
+            "accumulation_steps": GLOBAL_BATCH // (2 * args.gpus),
+            "precision": args.precision,
+            "compile": args.compile,
+            "zero": ZeroPlan(pin_memory=cuda),
+            **args.plan,
+        }
     )
     spec = model_spec("gpt2")
     with open_world(plan, launcher_store()) as world:

@@ -37,7 +37,7 @@ CASE_SECONDS = 100.0
 
 
 def _case(text: str) -> dict[str, Any]:
-    """``model strategy gpus micro_batch`` and words: acc4, ck1, compile, cpu, cpu+p, fp16, fp32, drop, g32."""
+    """``model strategy gpus micro_batch`` and words: acc4, ck1, compile, cpu, cpu+p, fp16, fp32, drop, g32, kept."""
     model, strategy, gpus, micro_batch, *words = text.split()
     case: dict[str, Any] = {"size": model, "strategy": strategy, "gpus": int(gpus), "micro_batch": int(micro_batch)}
     for word in words:
@@ -47,6 +47,7 @@ def _case(text: str) -> dict[str, Any]:
             "cpu+p": {"offload": "cpu", "offload_parameters": "cpu"},
             "drop": {"dropout": 0.1},
             "g32": {"gradient_dtype": "fp32"},
+            "kept": {"fsdp": {"reshard_after_forward": False}},
         }.get(word) or _valued(word)
     return case
 
@@ -60,9 +61,16 @@ def _valued(word: str) -> dict[str, Any]:
     return {"precision": word}
 
 
+class _Cases(dict[str, dict[str, Any]]):
+    """Cases by their text; those that are not listed can be named as well."""
+
+    def __missing__(self, text: str) -> dict[str, Any]:
+        return _case(text)
+
+
 #: In the order in which they start: what tells most comes first.
-CASES = {
-    text: _case(text)
+CASES = _Cases(
+    (text, _case(text))
     for text in """
 xl zero2 4 8
 xl ddp 4 8 compile
@@ -119,13 +127,15 @@ xl zero2 4 4 g32
 small ddp 4 32 compile
 medium zero1 4 16 acc4
 """.strip().splitlines()
-}
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gpus", type=int, default=4, help="GPUs of this machine that may be used")
-    parser.add_argument("--cases", default="", help="comma-separated; default: all that fit --gpus")
+    parser.add_argument(
+        "--cases", default="", help="comma-separated, listed or not; default: all listed that fit --gpus"
+    )
     parser.add_argument("--out", type=Path, default=Path("planner_memory.json"))
     parser.add_argument("--predict-only", action="store_true")
     parser.add_argument("--predictions", type=Path, help="of --predict-only; default: predict now")

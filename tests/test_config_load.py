@@ -181,7 +181,7 @@ def test_a_section_is_no_key() -> None:
         ("learning_rate", "[1]", "the list [1]", "a number above 0"),
         ("beta1", "1.5", "the number 1.5", "a number of at least 0 and below 1"),
         ("compile", "3", "the number 3", "true or false"),
-        ("strategy", "zero4", "the text 'zero4'", "single, ddp, zero1, zero2, zero3 or auto (default auto)"),
+        ("strategy", "zero4", "the text 'zero4'", "single, ddp, zero1, zero2, zero3, fsdp2 or auto (default auto)"),
         ("eval_interval", "often", "the text 'often'", "a whole number of at least 1 or never"),
         ("micro_batch", "-1", "the number -1", "a whole number of at least 1 or null"),
     ],
@@ -248,6 +248,8 @@ OFFLOAD, PARAMETERS, NVME = "only ZeRO moves", "only ZeRO-3 partitions", "under 
         ("single", "nvme", "none", OFFLOAD),
         ("ddp", "cpu", "none", OFFLOAD),
         ("ddp", "nvme", "none", OFFLOAD),
+        ("fsdp2", "cpu", "none", OFFLOAD),
+        ("fsdp2", "none", "cpu", PARAMETERS),
         ("zero1", "nvme", "none", NVME),
         ("zero2", "nvme", "none", NVME),
         ("auto", "nvme", "none", NVME),
@@ -281,6 +283,7 @@ def test_an_offload_that_a_strategy_has_is_taken(strategy: str, offload: str, pa
         ([("strategy", "zero3"), ("offload", "nvme")], "set nvme_path"),
         ([("n_head", "7")], "is not a multiple of n_head 7"),
         ([("strategy", "zero3"), ("compile", "true")], "gradients came out wrong"),
+        ([("strategy", "fsdp2"), ("compile", "true"), ("compile_mode", "reduce-overhead")], "at new ones"),
     ],
 )
 def test_rules_over_several_keys_speak_for_themselves(overrides: list[tuple[str, str]], rule: str) -> None:

@@ -14,10 +14,11 @@ import pytest
 
 from zerofit.config.models import GPT2Config
 from zerofit.config.schema import DataConfig
+from zerofit.data.metadata import dtype_for
 from zerofit.data.prepare import prepare
 from zerofit.data.prepare.shakespeare import plain_text
 from zerofit.data.tokenizers import CharTokenizer, GPT2Tokenizer, load_tokenizer
-from zerofit.data.tokens import check_data, dtype_for, open_tokens, vocabulary_size
+from zerofit.data.tokens import check_data, open_tokens, vocabulary_size
 from zerofit.errors import DataError
 
 TEXT = "to be, or not to be: that is the question\n" * 40
@@ -47,7 +48,7 @@ def test_characters_round_trip_in_nanogpt_format(tmp_path: Path) -> None:
 
 
 def test_pieces_of_long_files_join_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zerofit.data.prepare.sources.PIECE_CHARACTERS", 7)
+    monkeypatch.setattr("zerofit.data.prepare.pieces.PIECE_CHARACTERS", 7)
     config = _prepare(tmp_path, _text_file(tmp_path, "a\r\nb\n" * 30))
     tokenizer = load_tokenizer(config.path)
     assert tokenizer is not None
@@ -144,7 +145,7 @@ def test_gpt2_without_network_names_the_remedy(tmp_path: Path) -> None:
         ("latin.txt", b"fine\nna\xefve\n", "line 2, byte 3"),
         ("bad.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2"),
         ("torn.jsonl", b'{"text": "a"', "line 1"),
-        ("picture.png", b"\x89PNG", ".txt nor .jsonl"),
+        ("picture.png", b"\x89PNG", "none of"),
     ],
 )
 def test_bad_text_is_refused_with_its_place(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -161,7 +162,7 @@ def test_no_such_source(tmp_path: Path) -> None:
 
 def test_an_unknown_character_is_named() -> None:
     with pytest.raises(DataError, match="é"):
-        CharTokenizer("abc").encode("aéb")
+        CharTokenizer.of_text("abc").encode("aéb")
 
 
 def _model(vocab_size: int, block_size: int = 4) -> GPT2Config:

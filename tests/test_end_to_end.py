@@ -101,6 +101,7 @@ def test_train_eval_generate(work: Path) -> None:
         ("--strategy", "zero1", "--num-gpus", "2"),
         ("--strategy", "zero2", "--num-gpus", "2", "--offload", "cpu"),
         ("--strategy", "zero3", "--num-gpus", "2"),
+        ("--strategy", "fsdp2", "--num-gpus", "2"),
     ],
     ids=lambda how: how[1],
 )

@@ -97,7 +97,7 @@ def test_weights_of_a_file_are_taken_and_another_head_starts_afresh(tmp_path: Pa
     held = state_dict(SMALL.model_copy(update={"num_classes": 7}))
     content: Any = {"state_dict": {f"module.{name}": t for name, t in held.items()}, "epoch": 3} if wrapped else held
     torch.save(content, tmp_path / "seven.pth")
-    read = starting_reader(SPEC, SMALL.model_copy(update={"init_from": tmp_path / "seven.pth"}), 5)
+    read = starting_reader(SPEC, SMALL.model_copy(update={"weights_from": tmp_path / "seven.pth"}), 5)
     for name in ("conv1.weight", "layer4.1.bn2.bias"):
         taken = read(name, "parameter", 0, held[name].numel())
         assert taken is not None
@@ -114,14 +114,14 @@ def test_weights_of_another_model_or_of_no_model_are_refused(tmp_path: Path) -> 
     for file, words in (("wide.pth", "of another model: conv1.weight"), ("text.pth", "cannot be read"),
                         ("absent.pth", "does not exist")):  # fmt: skip
         with pytest.raises(CheckpointError, match=words):
-            starting_reader(SPEC, SMALL.model_copy(update={"init_from": tmp_path / file}), 5)
+            starting_reader(SPEC, SMALL.model_copy(update={"weights_from": tmp_path / file}), 5)
 
 
 def test_published_weights_are_for_the_published_width() -> None:
     with pytest.raises(ConfigError, match="base_width 4"):
         starting_reader(SPEC, SMALL.model_copy(update={"pretrained": True}), 5)
     with pytest.raises(ValueError, match="come from one place"):
-        ResNetConfig(pretrained=True, init_from=Path("x"))
+        ResNetConfig(pretrained=True, weights_from=Path("x"))
 
 
 # -------------------------------------------------------------------------------------------------- configuration

@@ -84,8 +84,8 @@ NVME = [("strategy", "zero3"), ("offload", "nvme"), ("nvme_path", "/x")]
     [
         ([("schedule.power", "2")], "only polynomial has it"),
         ([("schedule.cooldown_fraction", "0.1")], "only wsd has it"),
-        ([("schedule.min_ratio", "0.1")], "min_learning_rate 0.0003: both say the same thing"),
-        ([("schedule.warmup_fraction", "0.1")], "warmup_steps 100: both say the same thing"),
+        ([("schedule.min_ratio", "0.1"), ("min_learning_rate", "3e-4")], "0.0003: both say the same thing"),
+        ([("schedule.warmup_fraction", "0.1"), ("warmup_steps", "100")], "warmup_steps 100: both say the same thing"),
         ([("duration", "3 moons")], "no length of a run"),
         ([("duration", "0ep")], "no length of a run"),
         ([("duration", "90min")], "nobody knows at which step"),

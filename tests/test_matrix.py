@@ -33,15 +33,16 @@ FIRST, NEXT = 3, 10
 _FOLDER = tempfile.TemporaryDirectory(prefix="zerofit-matrix-", ignore_cleanup_errors=True)
 Cell = tuple[str, int]
 CANONICAL: Cell = ("single", 1)
-CELLS: list[Cell] = [("ddp", n) for n in (2, 3, 4)]
-CELLS += [(variant, n) for variant in VARIANTS if variant != "ddp" for n in (1, 2, 3, 4)]
+CELLS: list[Cell] = [(variant, n) for variant in ("ddp", "fsdp2") for n in (2, 3, 4)]
+CELLS += [(variant, n) for variant in VARIANTS if variant[:4] not in ("ddp", "fsdp") for n in (1, 2, 3, 4)]
 #: A dozen crosses between cells of different kinds, for every run of the tests.
 CROSSES: list[tuple[Cell, Cell]] = [
     (("zero3", 4), ("ddp", 2)), (("ddp", 4), ("zero2", 3)), (("zero2", 4), ("zero3", 2)),
     (("zero1", 3), ("zero3", 4)), (("zero3", 2), ("zero2-cpu", 4)), (("zero2-cpu", 2), ("ddp", 3)),
     (("zero3-cpu", 4), ("zero1", 2)), (("zero1-cpu", 3), ("zero3-cpu-parameters", 2)),
     (("zero3-cpu-parameters", 4), ("zero2", 2)), (("zero2", 1), ("zero3-cpu", 3)),
-    (("zero3", 3), ("zero1-cpu", 4)), (("ddp", 3), ("zero3", 1)),
+    (("zero3", 3), ("zero1-cpu", 4)), (("ddp", 3), ("zero3", 1)), (("fsdp2", 4), ("zero2", 1)),
+    (("zero3", 3), ("fsdp2", 2)), (("fsdp2", 3), ("ddp", 4)), (("zero1-cpu", 2), ("fsdp2", 4)),
 ]  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_micro_batch_and_accumulation_make_a_global_batch() -> None:
         (4, 80, ("ddp", "none")),
         (4, 24, ("zero1", "none")),
         (4, 15, ("zero2", "none")),
-        (4, 13.1, ("zero3", "none")),
+        (4, 13.1, ("fsdp2", "none")),
         (1, 24, ("zero1", "cpu")),
         (0, 0, ("single", "none")),
     ],
@@ -105,6 +105,7 @@ def test_precision_is_a_planned_fact() -> None:
         ({"strategy": "single", "num_gpus": 2}, machine(2), "strategy ddp"),
         ({"global_batch": 5}, machine(2), "multiple of 2"),
         ({"strategy": "zero2"}, machine(1, system="Darwin"), "Linux"),
+        ({"strategy": "fsdp2"}, machine(1), "Use strategy single"),
         ({"compile": True}, machine(1, system="Windows"), "compile false"),
     ],
 )
@@ -127,8 +128,15 @@ def test_an_explicit_strategy_is_tried_with_a_warning() -> None:
 
 
 def test_auto_turns_compile_off_where_it_gives_wrong_gradients() -> None:
-    choice = choose(config(XL, global_batch=8, compile=True, activation_checkpointing="full"), machine(8, 8))
-    assert choice.plan.strategy == "zero3"
+    wish = config(XL, global_batch=8, compile=True, activation_checkpointing="full")
+    assert choose(wish, machine(8, 8)).plan.strategy == "fsdp2"
+    assert choose(wish, machine(8, 8)).plan.compile
+    graphs = choose(
+        wish.model_copy(update={"compile_mode": "reduce-overhead"}), machine(8, 8, host_memory_bytes=256 * GIB)
+    )
+    assert graphs.plan.strategy != "fsdp2"
+    choice = choose(wish, machine(8, 5, host_memory_bytes=256 * GIB))
+    assert (choice.plan.strategy, choice.plan.offload) == ("zero3", "cpu")
     assert not choice.plan.compile
     assert any("compile" in warning for warning in choice.warnings)
 

@@ -56,9 +56,12 @@ def plan(config: str | Path | None = None, *, preset: str | None = None, **setti
     """
     from .planning.choose import choose
     from .planning.hardware import probe
+    from .training.initial_model import with_initial_model
     from .training.start import with_model_of_data
 
-    return choose(with_model_of_data(_resolve(config, preset, settings)).config, probe())
+    return choose(
+        with_model_of_data(with_initial_model(_resolve(config, preset, settings), fetch=False)).config, probe()
+    )
 
 
 def train(
@@ -118,9 +121,14 @@ def _resolve(config: str | Path | None, preset: str | None, settings: Mapping[st
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    from .config.keys import keys
+
     found: list[tuple[str, Any]] = []
     for name, value in settings.items():
         full = prefix + name.replace("__", ".")
         plain = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        found += _flat(plain, f"{full}.") if isinstance(plain, Mapping) else [(full, plain)]
+        if isinstance(plain, Mapping) and full not in keys():
+            found += _flat(plain, f"{full}.")
+        else:
+            found.append((full, dict(plain) if isinstance(plain, Mapping) else plain))
     return found

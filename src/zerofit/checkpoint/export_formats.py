@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..config.models import ModelConfig
-from ..data.tokens import read_meta
+from ..data.metadata import read_meta
 from ..errors import DataError
 from .export_safetensors import SINGLE, write_bytes, write_json, write_safetensors, write_shards
 from .export_torch import TorchWriter
@@ -138,16 +138,27 @@ def _note_biases(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def _write_tokenizer(job: Job, folder: Path) -> str:
-    """GPT-2's files out of tiktoken's cache, when the run's data were made with them. Returns a note."""
+    """The tokenizer of the run's data: its own file, or GPT-2's out of tiktoken's cache. Returns a note."""
     data = job.source.state.get("data_path")
     if data is None:
         return "No tokenizer was written: the source does not tell its data."
     try:
-        kind = read_meta(Path(str(data))).get("tokenizer")
+        meta = read_meta(Path(str(data)))
     except (DataError, OSError):
-        kind = None
+        meta = {}
+    kind = meta.get("tokenizer")
+    own = Path(str(data)) / str(meta.get("tokenizer_file") or "none")
+    if own.is_file():
+        write_bytes(folder / own.name, own.read_bytes())
+        ending = {"eos_token": meta["end_of_text"]} if meta.get("end_of_text") else {}
+        kept = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": job.model.items_per_sample}
+        write_json(folder / "tokenizer_config.json", kept | ending)
+        return f"The tokenizer of {data} was written."
     if kind != "gpt2":
-        return f"No tokenizer was written: {data} was made with {kind or 'an unknown one'}, and only gpt2's is known."
+        return (
+            f"No tokenizer was written: {data} was made with {kind or 'an unknown one'}, and only gpt2's and those of "
+            f"the tokenizers library can be."
+        )
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     found = {name: _cached(Path(cache or f"{tempfile.gettempdir()}/data-gym-cache"), *GPT2_TOKENIZER_FILES[name])
              for name in GPT2_TOKENIZER_FILES}  # fmt: skip

@@ -79,7 +79,7 @@ def export_classifier(
 
 def _facts(saved: Source, model: ImageModelShape) -> dict[str, Any]:
     return {
-        "model": model.model_dump(mode="json", exclude={"init_from", "pretrained"}),
+        "model": model.model_dump(mode="json", exclude={"weights_from", "pretrained"}),
         "step": saved.step,
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,

@@ -43,9 +43,9 @@ def starting_weights(model: ImageModelShape) -> dict[str, Tensor] | None:
     """
     if model.pretrained:
         return _checked(_published(model), model, "the published weights")
-    if model.init_from is None:
+    if model.weights_from is None:
         return None
-    return _checked(_from_path(model.init_from), model, str(model.init_from))
+    return _checked(_from_path(model.weights_from), model, str(model.weights_from))
 
 
 def starting_reader(spec: ModelSpec[Any], model: ImageModelShape, seed: int) -> Reader:
@@ -66,7 +66,7 @@ def _published(model: ImageModelShape) -> Mapping[str, Tensor]:
         raise ConfigError(
             f"model.pretrained true with model.kind {model.kind}, layers {layers}, base_width "
             f"{getattr(model, 'base_width', None)}: published weights are known for ResNets of 18, 34 and 50 layers "
-            f"and base_width 64. Choose one of those, or name a file with model.init_from."
+            f"and base_width 64. Choose one of those, or name a file with model.weights_from."
         )
     try:
         found: Mapping[str, Tensor] = torch.hub.load_state_dict_from_url(
@@ -75,18 +75,20 @@ def _published(model: ImageModelShape) -> Mapping[str, Tensor]:
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"model.pretrained true: {PUBLISHED[layers]} could not be fetched ({error}). Fetch it where there is a "
-            f"network, and name the file with --model.init_from."
+            f"network, and name the file with --model.weights_from."
         ) from error
     return found
 
 
 def _from_path(path: Path) -> Mapping[str, Tensor]:
     if not path.exists():
-        raise CheckpointError(f"model.init_from names {path}, which does not exist. Name a state dict or a run folder.")
+        raise CheckpointError(
+            f"model.weights_from names {path}, which does not exist. Name a state dict or a run folder."
+        )
     if path.is_dir():
         saved = own_checkpoint(path, "best")
         if saved is None:
-            raise CheckpointError(f"model.init_from names {path}, which holds no checkpoints of zerofit.")
+            raise CheckpointError(f"model.weights_from names {path}, which holds no checkpoints of zerofit.")
         wanted = [
             (key, shape) for key, (shape, _) in saved.manifest.tensors.items() if key[0] in ("parameter", "buffer")
         ]
@@ -104,7 +106,7 @@ def _state_dict(path: Path) -> Mapping[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load, pickle and zip raise errors of many kinds
         raise CheckpointError(
-            f"model.init_from {path} cannot be read ({type(error).__name__}: {str(error)[:200]}). It takes a state "
+            f"model.weights_from {path} cannot be read ({type(error).__name__}: {str(error)[:200]}). It takes a state "
             f"dict that torch.save wrote (tensors alone: no code is run), or safetensors."
         ) from error
     nested = next(
@@ -112,7 +114,7 @@ def _state_dict(path: Path) -> Mapping[str, Tensor]:
     )
     found = nested or content
     if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError(f"model.init_from {path} holds no tensors under names. Save model.state_dict().")
+        raise CheckpointError(f"model.weights_from {path} holds no tensors under names. Save model.state_dict().")
     return {strip_wrappers(str(name)): value for name, value in found.items() if isinstance(value, Tensor)}
 
 

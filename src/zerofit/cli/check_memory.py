@@ -22,6 +22,7 @@ from ..planning.explain import print_choice
 from ..planning.hardware import probe
 from ..planning.plan import Plan
 from ..planning.sizes import format_bytes, format_seconds
+from ..planning.translation import print_translation
 from .plan import with_vocabulary
 
 #: Five steps of a large model under offload, and the start of its processes.
@@ -36,7 +37,8 @@ def run_check_memory(arguments: Sequence[str]) -> None:
         ZerofitError: they failed otherwise.
     """
     typed = parse_arguments(arguments)
-    config = with_vocabulary(load_config(typed.source, typed.preset, typed.overrides))
+    resolved = load_config(typed.source, typed.preset, typed.overrides)
+    config = with_vocabulary(resolved)
     choice = choose(config, probe(config.runs_dir, config.nvme_path))
     outcome = _run(choice.plan)
     result = _checked(outcome, choice.plan)
@@ -45,6 +47,7 @@ def run_check_memory(arguments: Sequence[str]) -> None:
     else:
         console = Console()
         print_choice(console, config, choice)
+        print_translation(console, resolved.notes, config, choice.plan)
         console.print(comparison_table(comparison(choice.plan, result)))
 
 

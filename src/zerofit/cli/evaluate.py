@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -38,36 +38,40 @@ def evaluate(
     from ..data.loader import Share
     from ..engines.common import Inputs, evaluate_window
     from ..tasks import task_of
+    from ..tasks.base import metric_name
     from ..types import World
     from .saved_run import data_folder, open_run
 
     saved = open_run(run, checkpoint)
-    folder = data_folder(saved, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_model(weights_of(saved, weights), device)
     share, inputs = Share(micro_batch, 1, 0, 1), Inputs(device)
     if isinstance(config, LanguageModelShape):
-        windows = dict(_texts(folder, config, share, batches))
+        windows: dict[str, Iterable[Batch]] = dict(_texts(saved, data, config, share, batches))
     else:
-        windows, inputs.transform = _pictures(saved, folder, config, share, batches)
+        windows, inputs.transform = _pictures(saved, data_folder(saved, data), config, share, batches)
     found: dict[str, float] = {"step": saved.step}
     for split, window in windows.items():
         sums = evaluate_window(model, window, World(0, 1, 0, device), inputs).read()
         for name, value in task_of(config).metrics(sums).items():
-            found[f"{split}_{name}"] = value
+            found[metric_name(split, name)] = value
     print(json.dumps(found) if as_json else "\n".join(f"{name}: {value:.6g}" for name, value in found.items()))
 
 
 def _texts(
-    folder: Path, config: LanguageModelShape, share: Share, batches: int | None
+    saved: Saved, data: Path | None, config: LanguageModelShape, share: Share, batches: int | None
 ) -> Iterator[tuple[str, Iterator[Batch]]]:
-    """Batches of each split."""
+    """Batches of each split, and of each source."""
+    from ..config.schema import DataConfig
     from ..data.loader import evaluation_window
-    from ..data.tokens import SPLITS, check_data, open_split
+    from ..data.run_data import folders, open_evaluation
+    from ..data.tokens import check_data
+    from .saved_run import trained_data
 
-    check_data(folder, config)
-    for split in SPLITS:
-        dataset = open_split(folder, split, config, seed=0)
+    everything = [DataConfig(path=data)] if data else trained_data(saved)
+    for folder in folders(everything):
+        check_data(folder, config)
+    for split, dataset in open_evaluation(everything, config, seed=0).items():
         yield split, evaluation_window(dataset, share, batches or -(-dataset.blocks // share.micro_batch))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from pydantic_core import PydanticUndefined
 
+from ..config.dialects.aliases import rows
 from ..config.documents import write_value
 from ..config.keys import Key, keys, sections
 
@@ -13,7 +14,8 @@ from ..config.keys import Key, keys, sections
 def flag_rows() -> list[tuple[str, str]]:
     """The flags that are no configuration keys."""
     return [
-        ("CONFIG, --config FILE", "YAML or JSON; `preset: NAME` in it names its base."),
+        ("CONFIG, --config FILE", "YAML, JSON or nanoGPT's config/*.py; `preset: NAME` in it names its base."),
+        ("--deepspeed-config FILE", "A DeepSpeed JSON: each of its keys is used, translated or named, in a table."),
         ("--preset NAME", "Start from a preset; `zerofit presets` lists them."),
         ("--fp32, --bf16, --fp16", "Short for --precision."),
         ("--resume [WHICH]", "train: continue a run from `latest` (default), `best`, a tag, a step or a path."),
@@ -36,6 +38,11 @@ def flag_rows() -> list[tuple[str, str]]:
         ("--debug", "Show the traceback of an error."),
         ("-h, --help", "Show this message."),
     ]
+
+
+def alias_rows() -> list[tuple[str, str]]:
+    """Familiar names of other tools: what they are here."""
+    return [(f"--{name}", f"{dialects}: {becomes}.") for name, dialects, becomes in rows()]
 
 
 def key_rows() -> Iterator[tuple[str, list[tuple[str, str]]]]:

@@ -43,6 +43,7 @@ VERBS = {
     "classify": Verb("zerofit.cli.classify:classify", "Tell what pictures show, with a trained classifier."),
     "checkpoint": Verb("zerofit.cli.checkpoint:app", "List, verify, name and remove a run's checkpoints."),
     "export": Verb("zerofit.cli.export:export", "Write a checkpoint for other programs, or convert theirs."),
+    "config": Verb("zerofit.cli.config:app", "Rewrite another tool's configuration in zerofit's keys."),
     "presets": Verb("zerofit.cli.presets:presets", "List the presets, or print one as YAML."),
     "version": Verb("zerofit.cli.version:version", "Print the versions of zerofit and of what it stands on."),
 }
@@ -67,13 +68,15 @@ class ConfiguredCommand(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Flags, then every key with its values, default and docstring."""
-        from .keys_help import flag_rows, key_rows
+        from .keys_help import alias_rows, flag_rows, key_rows
 
         with formatter.section("Flags"):
             formatter.write_dl(flag_rows(), col_max=34)
         for title, rows in key_rows():
             with formatter.section(title):
                 formatter.write_dl(rows, col_max=34)
+        with formatter.section("Names of other tools, here and in files (docs/aliases.md)"):
+            formatter.write_dl(alias_rows(), col_max=34)
 
 
 class LazyGroup(TyperGroup):

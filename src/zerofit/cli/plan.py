@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ..config.schema import Config
     from ..planning.choose import Choice
 
-#: What GPT-2's byte-pair encoding has; known without prepared data.
-GPT2_VOCABULARY = 50257
+#: Tokenizers whose vocabulary is known without prepared data: GPT-2's byte pairs; bytes and one between documents.
+VOCABULARIES = {"gpt2": 50257, "bytes": 257}
 #: Tables are wide; on a pipe they are not folded.
 _PIPE_WIDTH = 200
 
@@ -49,6 +49,7 @@ def _plan(request: PlanRequest) -> None:
     from ..planning.explain import choice_json, print_choice, print_formulas, print_recipes, recipes_json
     from ..planning.hardware import probe
     from ..planning.recipes import recipes
+    from ..planning.translation import print_translation, translation_json
     from ..training.start import without_overruled_duration
 
     typed = parse_arguments(request.rest)
@@ -57,8 +58,8 @@ def _plan(request: PlanRequest) -> None:
             "`zerofit plan` was given --resume, --run or --dry-run, which belong to `zerofit train`: a plan starts and "
             "continues nothing. Leave them away, or write `zerofit train … --dry-run`."
         )
-    typed_config = load_config(typed.source, typed.preset, typed.overrides, NO_DATA)
-    config = with_vocabulary(without_overruled_duration(typed_config))
+    resolved = without_overruled_duration(load_config(typed.source, typed.preset, typed.overrides, NO_DATA))
+    config = with_vocabulary(resolved)
     hardware = probe(config.runs_dir, config.nvme_path)
     if request.described:
         hardware = described_hardware(request.described, hardware)
@@ -67,11 +68,16 @@ def _plan(request: PlanRequest) -> None:
     config = with_steps(config, choice)
     ways = recipes(config, hardware) if config.model.items == "images" and config.device != "cpu" else []
     if typed.as_json:
-        print(json.dumps(choice_json(choice, config) | ({"recipes": recipes_json(ways)} if ways else {})))
+        plan = choice.chosen.plan if choice.chosen else None
+        more = {"recipes": recipes_json(ways)} if ways else {}
+        print(
+            json.dumps({**choice_json(choice, config), "keys": translation_json(resolved.notes, config, plan), **more})
+        )
     else:
         console = _console()
         print_choice(console, config, choice, everything=everything)
         print_recipes(console, ways, config.global_batch or choice.candidates[0].plan.global_batch)
+        print_translation(console, resolved.notes, config, choice.chosen.plan if choice.chosen else None)
         if "explain" in request.switches:
             print_formulas(console, choice)
     if choice.chosen is None:
@@ -106,7 +112,9 @@ def with_vocabulary(resolved: ResolvedConfig) -> Config:
         DataError: none of the three is known.
     """
     from ..training import start
+    from ..training.initial_model import with_initial_model
 
+    resolved = with_initial_model(resolved, fetch=False)
     try:
         return start.with_model_of_data(resolved).config
     except DataError as error:
@@ -117,8 +125,9 @@ def with_vocabulary(resolved: ResolvedConfig) -> Config:
                 f"holds none. Set --model.num_classes N to plan without data, or prepare it with `zerofit data prepare "
                 f"images`."
             ) from error
-        if config.data.prepare and config.data.tokenizer == "gpt2":
-            return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": GPT2_VOCABULARY})})
+        if (config.data.prepare or config.data.sources) and config.data.tokenizer in VOCABULARIES:
+            known = {"vocab_size": VOCABULARIES[config.data.tokenizer]}
+            return config.model_copy(update={"model": config.model.model_copy(update=known)})
         raise DataError(
             f"The size of the vocabulary is not known: it is that of the prepared data, and {config.data.path} holds "
             f"none. Set --model.vocab_size N to plan without data (65 to 100 for characters), or prepare it with "

@@ -9,6 +9,7 @@ from ..errors import CheckpointError
 
 if TYPE_CHECKING:
     from ..checkpoint.store import Saved
+    from ..config.schema import DataConfig
 
 
 def open_run(run: Path, which: str) -> Saved:
@@ -31,3 +32,12 @@ def open_run(run: Path, which: str) -> Saved:
 def data_folder(saved: Saved, given: Path | None) -> Path:
     """The data that the run trained on, unless another folder was given."""
     return given or Path(str(saved.state["data_path"]))
+
+
+def trained_data(saved: Saved) -> list[DataConfig]:
+    """All data that the run trained on: its own first, then what its stages had instead."""
+    from ..config.schema import DataConfig
+
+    config = saved.state["config"]
+    found = [config["data"], *(stage["data"] for stage in config.get("stages", ()) if stage["data"] is not None)]
+    return [DataConfig.model_validate(data) for data in found]

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import ConfigError
+from .dialects.aliases import Alias, find_alias, refuse_of_generate
 from .keys import find_key
 from .load import COMMAND_LINE
 
-_CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+_CONFIG_SUFFIXES = (".yaml", ".yml", ".json", ".py")
 _BOOLEANS = ("true", "false", "yes", "no", "on", "off")
+#: What may follow a familiar name that also stands alone (``--offload_optimizer cpu``).
+_SWITCH_WORDS = (*_BOOLEANS, "cpu", "nvme", "none")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,12 @@ def _read_option(request: Request, option: str, attached: str | None, waiting: d
         case "json":
             return replace(request, as_json=_switch(option, attached))
         case "fp32" | "bf16" | "fp16":
-            _switch(option, attached)
+            if attached is None and waiting and waiting[0].lower() in _BOOLEANS:  # --fp16 True, as Hugging Face has it
+                attached = waiting.popleft()
+            if attached is not None and attached.lower() in ("false", "no", "off"):
+                return request
+            if attached is None or attached.lower() not in _BOOLEANS:
+                _switch(option, attached)
             return _with_override(request, "precision", name)
         case "config":
             return _with_source(request, _value(option, attached, waiting))
@@ -92,7 +100,7 @@ def _read_option(request: Request, option: str, attached: str | None, waiting: d
             return replace(request, preset=_value(option, attached, waiting))
         case "run":
             return replace(request, run=Path(_value(option, attached, waiting)))
-        case "resume":
+        case "resume" | "resume_from_checkpoint":
             return replace(request, resume=attached or (waiting.popleft() if _resume_follows(waiting) else "latest"))
         case "load_checkpoint":
             return replace(request, load_checkpoint=Path(_value(option, attached, waiting)))
@@ -115,10 +123,23 @@ def _read_key(request: Request, option: str, attached: str | None, waiting: dequ
                 f"{key.name} takes {key.rule}. Write --{key.name} VALUE."
             )
         return _with_override(request, key.name, "false")
+    alias = find_alias(name)
+    if alias is not None:
+        return _with_override(request, name, _alias_value(alias, option, attached, waiting))
+    refuse_of_generate(name, COMMAND_LINE)
     key = find_key(option.removeprefix("--"), COMMAND_LINE)
     if key.is_boolean and attached is None and not (waiting and waiting[0].lower() in _BOOLEANS):
         return _with_override(request, key.name, "true")
     return _with_override(request, key.name, _value(option, attached, waiting))
+
+
+def _alias_value(alias: Alias, option: str, attached: str | None, waiting: deque[str]) -> str:
+    """The value of a familiar name; one that may stand alone takes only what can be meant for it."""
+    if not alias.switch or attached is not None:
+        return _value(option, attached, waiting)
+    follows = waiting[0].lower() if waiting else ""
+    takes_file = alias.name == "deepspeed" and follows.endswith(".json")
+    return waiting.popleft() if follows in _SWITCH_WORDS or takes_file else "true"
 
 
 def _with_override(request: Request, name: str, text: str) -> Request:

@@ -23,17 +23,17 @@ class ImageModelShape(ModelShape):
     """Height and width of the pictures that the model sees, in pixels; unset takes ``data.image_size``."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of each training target that is spread over all classes (Szegedy et al. 2016); 0.1 is usual."""
-    init_from: Path | None = None
+    weights_from: Path | None = None
     """File or checkpoint whose weights a new run starts from: a state dict (.pt, .pth, .safetensors) with torchvision's
     names, or a run of zerofit. A head of another number of classes starts afresh."""
     pretrained: bool = False
-    """Start from published ImageNet weights, fetched by name (needs the network once); as ``init_from`` otherwise."""
+    """Start from published ImageNet weights, fetched by name (needs the network once); else as ``weights_from``."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if self.pretrained and self.init_from is not None:
+        if self.pretrained and self.weights_from is not None:
             raise ValueError(
-                f"model.pretrained and model.init_from {self.init_from} were both set, and weights come from one "
+                f"model.pretrained and model.weights_from {self.weights_from} were both set, and weights come from one "
                 f"place; leave one of them out"
             )
         return self

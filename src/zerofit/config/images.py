@@ -104,6 +104,15 @@ class ImageDataConfig(Section):
     """Page-locked batches, which copy to a GPU faster; unset: when there is a GPU."""
     augment: AugmentConfig = AugmentConfig()
 
+    @property
+    def sources(self) -> dict[str, Path]:
+        """Pictures are not mixed."""
+        return {}
+
+    def folders(self) -> dict[str, Path]:
+        """Name of a source -> its folder, as for tokens: one, without a name."""
+        return {"": self.path}
+
     @model_validator(mode="after")
     def _crop_inside(self) -> ImageDataConfig:
         if self.eval_resize < self.image_size:

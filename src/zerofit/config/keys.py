@@ -184,6 +184,10 @@ def _describe(annotation: Any, metadata: Sequence[object] = ()) -> tuple[list[st
         return _describe(arguments[0], [part for extra in fields for part in extra.metadata])
     if origin is Literal:
         return [str(value) for value in arguments], frozenset()
+    if origin is dict:
+        return ["a mapping of names"], frozenset({dict})
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [f"a mapping with {', '.join(annotation.model_fields)}"], frozenset({dict})
     if origin is tuple:
         return [f"a list, each item {_either(_describe(arguments[0])[0])}"], frozenset({tuple})
     if arguments:

@@ -1,12 +1,13 @@
 """From files, presets and overrides to one frozen `Config`, with the origin of every value.
 
-Later layers win: default < preset < file < command line.
+Later layers win: default < preset < file < DeepSpeed JSON < command line. A file and a DeepSpeed JSON that contradict
+each other are refused. Names of other tools are read through `dialects`, and leave notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -15,6 +16,14 @@ from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from ..errors import ConfigError
+from .derived import SILENCE, Merged, conflicts, derive
+from .dialects import aliases
+from .dialects.deepspeed_json import looks_like_deepspeed, read_deepspeed
+from .dialects.nanogpt import DEFAULT_ORIGIN as NANOGPT_DEFAULT
+from .dialects.nanogpt import read_nanogpt
+from .dialects.notes import Note, Reading, noted, translated
+from .dialects.older_yaml import SECTIONS as OLDER_SECTIONS
+from .dialects.older_yaml import is_older, modern_name, read_older
 from .documents import Entry, describe_value, read_entries, read_scalar, read_text, write_value
 from .keys import Key, find_key, keys, kinds, sections
 from .optimizers import OPTIMIZER_DEFAULTS
@@ -23,6 +32,8 @@ from .schema import Config
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
+#: Layers in the order in which they win.
+BASE, FILE, DEEPSPEED, TYPED = range(SILENCE + 1, SILENCE + 5)
 
 
 @dataclass(frozen=True)
@@ -32,10 +43,33 @@ class ResolvedConfig:
     Attributes:
         config: the wishes.
         origins: dotted key -> ``default`` | ``preset NAME`` | ``FILE:LINE`` | ``command line``.
+        notes: what became of each name of another tool.
     """
 
     config: Config
     origins: dict[str, str]
+    notes: tuple[Note, ...] = ()
+
+
+@dataclass
+class ConfigFile:
+    """A configuration file.
+
+    Attributes:
+        base: the preset that it names.
+        defaults: settings of its own dialect that are in effect where it is silent.
+        reading: its settings and notes.
+        dialect: whose names it uses.
+    """
+
+    base: str | None = None
+    defaults: tuple[Entry, ...] = ()
+    reading: Reading | None = None
+    dialect: aliases.Dialect | None = None
+
+    @property
+    def entries(self) -> list[Entry]:
+        return self.reading.entries if self.reading else []
 
 
 def load_config(
@@ -44,38 +78,93 @@ def load_config(
     overrides: Sequence[tuple[str, str]] = (),
     fallbacks: Sequence[tuple[str, str]] = (),
 ) -> ResolvedConfig:
-    """Merge a preset, a file and overrides, and validate the outcome.
+    """Merge a preset, a file, a DeepSpeed JSON and overrides, and validate the outcome.
 
     Args:
-        source: YAML or JSON file; it may name its base with ``preset: NAME``.
+        source: YAML or JSON file, or nanoGPT's Python; it may name its base with ``preset: NAME``, and a DeepSpeed
+            JSON.
         preset: name of a preset; wins over the one that the file names.
-        overrides: key and value as typed; the key dotted or short, the value a YAML scalar. The last one wins.
+        overrides: key and value as typed; the key dotted or short or a familiar name of another tool, the value a YAML
+            scalar. The last one wins.
         fallbacks: the same, for what nothing else sets.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a wrong type or value, an illegal combination.
+        ConfigError: an unknown key (with the nearest known one), a wrong type or value, an illegal combination, a file
+            and a DeepSpeed JSON that contradict each other.
     """
-    base, entries = _read_file(source)
-    low, high = ([_read_override(name, text) for name, text in typed] for typed in (fallbacks, overrides))
-    layers = low, _read_preset(preset or base), entries, high
-    settings: dict[str, Entry] = {}
-    for layer in layers:
-        entries_of_layer = {entry.name: entry for entry in layer}
-        settings = _of_the_same_optimizer(settings, entries_of_layer) | entries_of_layer
+    file = read_config_file(source)
+    typed = _read_overrides(overrides, file.dialect)
+    name = preset or file.base
+    base = read_preset(name) if name else list(file.defaults)
+    foreign = read_named_deepspeed(file.entries, typed.entries, source)
+    merged = Merged()
+    silence = [*_read_overrides(fallbacks, file.dialect).entries, *foreign.defaults]
+    layers = silence, base, file.entries, foreign.entries, typed.entries
+    for level, layer in enumerate(layers):
+        _drop_another_optimizers(merged, layer)
+        for entry in layer:
+            merged.put(entry, level)
+    derive(merged, DEEPSPEED)
+    _spare_defaults(merged)
+    refuse_contradictions(file.entries, foreign.entries, typed.entries)
+    merged.drop(aliases.DEEPSPEED_FILE)
+    settings = merged.settings
     config = _validate(settings)
     present = [key for key in keys().values() if not key.kinds or _kind_in(config, key) in key.kinds]
     origins = {key.name: settings[key.name].origin if key.name in settings else DEFAULT for key in present}
-    return ResolvedConfig(config, origins)
+    notes = [*(file.reading.notes if file.reading else ()), *foreign.notes, *typed.notes]
+    return ResolvedConfig(config, origins, tuple(_settled(note, settings) for note in without_ignored(notes, merged)))
 
 
-def _of_the_same_optimizer(below: dict[str, Entry], layer: dict[str, Entry]) -> dict[str, Entry]:
-    """`below` without the constants (betas and the like) of another optimizer than the one that `layer` chooses."""
-    kind = layer.get("optimizer.kind")
-    before = below["optimizer.kind"].value if "optimizer.kind" in below else "adamw"
+def without_ignored(notes: Sequence[Note], merged: Merged) -> list[Note]:
+    """The notes, where those of settings that mean nothing for this kind of data say so."""
+    gone = {entry.origin + entry.name: Note(entry.name, entry.value, entry.origin, "ignored", (), why)
+            for entry, why in merged.ignored}  # fmt: skip
+    kept = [note for note in notes if note.origin + note.key.rpartition(".")[2] not in gone]
+    return [*kept, *gone.values()]
+
+
+def refuse_contradictions(file: Iterable[Entry], foreign: Iterable[Entry], typed: Iterable[Entry]) -> None:
+    """What a file and a DeepSpeed JSON say differently must be settled on the command line.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    named = [{entry.name: entry for entry in layer} for layer in (file, foreign, typed)]
+    found = conflicts(*named)
+    if found:
+        raise ConfigError(
+            f"The configuration and its DeepSpeed file contradict each other: {'; '.join(found)}. Take one of each "
+            f'two out, write "auto" in the DeepSpeed file, or say which holds on the command line, where it wins.'
+        )
+
+
+def _spare_defaults(merged: Merged) -> None:
+    """nanoGPT compiles by default; under ZeRO-3 nothing can, and a default is no wish."""
+    strategy, compiled = merged.settings.get("strategy"), merged.settings.get("compile")
+    if strategy and strategy.value == "zero3" and compiled and compiled.origin == NANOGPT_DEFAULT:
+        merged.drop("compile")
+
+
+def _settled(note: Note, settings: Mapping[str, Entry]) -> Note:
+    """The note, where a later layer said otherwise."""
+    given = [(name, value) for name, value in zip(note.targets, note.values, strict=False) if name in settings]
+    others = [settings[name].origin for name, value in given if settings[name].value != value]
+    if any(name in keys() and name not in settings for name, _ in zip(note.targets, note.values, strict=False)):
+        return replace(note, outcome="overridden", remark="worked out anew: a later layer says the batch otherwise")
+    if not others:
+        return note
+    return replace(note, outcome="overridden", remark=f"{' and '.join(dict.fromkeys(others))} decides")
+
+
+def _drop_another_optimizers(merged: Merged, layer: Iterable[Entry]) -> None:
+    """Where a layer chooses another optimizer, the constants (betas and the like) of the one below mean nothing."""
+    kind = next((entry for entry in layer if entry.name == "optimizer.kind"), None)
+    before = merged.settings["optimizer.kind"].value if "optimizer.kind" in merged.settings else "adamw"
     if kind is None or kind.value == before:
-        return below
-    constants = {f"optimizer.{name}" for fields in OPTIMIZER_DEFAULTS.values() for name in fields}
-    return {name: entry for name, entry in below.items() if name not in constants}
+        return
+    for name in {f"optimizer.{name}" for fields in OPTIMIZER_DEFAULTS.values() for name in fields}:
+        merged.drop(name)
 
 
 def _kind_in(config: Config, key: Key) -> str:
@@ -101,53 +190,120 @@ def dump_resolved(resolved: ResolvedConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _read_file(source: Path | None) -> tuple[str | None, list[Entry]]:
-    """The preset that the file names, and the file's entries."""
+def read_config_file(source: Path | None) -> ConfigFile:
+    """What a configuration file says."""
     if source is None:
-        return None, []
-    entries = list(read_entries(read_text(source), str(source), frozenset(sections())))
+        return ConfigFile()
+    if source.suffix == ".py":
+        defaults, reading = read_nanogpt(read_text(source), source)
+        return ConfigFile(None, tuple(defaults), reading, aliases.NANOGPT)
+    entries = list(read_entries(read_text(source), str(source), frozenset(sections()) | OLDER_SECTIONS))
+    names = [entry.name for entry in entries]
+    if looks_like_deepspeed(sorted({name.partition(".")[0] for name in names})):
+        raise ConfigError(
+            f"{source} is a DeepSpeed configuration, which says nothing about model and data. Give it with "
+            f"--deepspeed-config {source} beside a configuration or a preset."
+        )
     bases = [entry for entry in entries if entry.name == "preset"]
     for base in bases:
         if not isinstance(base.value, str):
             raise ConfigError(
                 f"{base.origin}: preset takes a preset's name, and {describe_value(base.value)} was found."
             )
-    return (str(bases[0].value) if bases else None), _named(entry for entry in entries if entry.name != "preset")
+    dialect = aliases.SCRIPT if is_older(names) else aliases.dialect_of(names)
+    reading = _named([entry for entry in entries if entry.name != "preset"], dialect)
+    return ConfigFile(str(bases[0].value) if bases else None, (), reading, dialect)
 
 
-def _read_preset(name: str | None) -> list[Entry]:
-    if name is None:
-        return []
+def read_preset(name: str) -> list[Entry]:
+    """The settings of a preset."""
     origin = f"preset {name}"
-    return [
-        Entry(entry.name, entry.value, origin)
-        for entry in _named(read_entries(preset_text(name), origin, frozenset(sections())))
-    ]
+    entries = list(read_entries(preset_text(name), origin, frozenset(sections())))
+    return [Entry(entry.name, entry.value, origin) for entry in _named(entries, None).entries]
 
 
-def _named(entries: Iterable[Entry]) -> list[Entry]:
-    """The entries under their keys' full names.
+def read_named_deepspeed(file: Iterable[Entry], typed: Iterable[Entry], source: Path | None) -> Reading:
+    """The DeepSpeed JSON that the command line or the file names."""
+    named = [entry for entry in (*file, *typed) if entry.name == aliases.DEEPSPEED_FILE]
+    if not named:
+        return Reading()
+    path = Path(str(named[-1].value))
+    beside = source.parent / path if source is not None else path
+    if not path.exists() and named[-1].origin != COMMAND_LINE and beside.exists():
+        path = beside
+    return read_deepspeed(read_text(path), path)
+
+
+def _named(entries: Sequence[Entry], dialect: aliases.Dialect | None) -> Reading:
+    """The entries under their keys' full names, and notes for names of other tools.
 
     Raises:
         ConfigError: an unknown key, or one that stands there under two spellings.
     """
-    found: dict[str, Entry] = {}
+    reading, found = Reading(), dict[str, Entry]()
+    names = [entry.name for entry in entries]
     for entry in entries:
         if entry.name in sections() and entry.value in (None, {}):
             continue
-        key = find_key(entry.name, entry.origin)
-        if key.name in found:
-            raise ConfigError(
-                f"{entry.origin}: {entry.name} sets {key.name}, which stands already at {found[key.name].origin}. "
-                f"Keep one of the two."
-            )
-        found[key.name] = Entry(key.name, entry.value, entry.origin)
-    return list(found.values())
+        part = _read_entry(entry, names, dialect)
+        for setting in part.entries:
+            if setting.name in found:
+                raise ConfigError(
+                    f"{setting.origin}: {entry.name} sets {setting.name}, which stands already at "
+                    f"{found[setting.name].origin}. Keep one of the two."
+                )
+            found[setting.name] = setting
+        reading.add(part)
+    return reading
 
 
-def _read_override(spelled: str, text: str) -> Entry:
-    key = find_key(spelled, COMMAND_LINE)
-    return Entry(key.name, _read_typed(key, text), COMMAND_LINE)
+def _read_entry(entry: Entry, names: list[str], dialect: aliases.Dialect | None) -> Reading:
+    """One entry of a file: of an older shape, a familiar name, or zerofit's own."""
+    older = read_older(entry, names)
+    if older is not None:
+        return older
+    plain = replace(entry, name=modern_name(entry.name))
+    alias = aliases.find_alias(plain.name)
+    if dialect == aliases.HUGGING_FACE and (plain.name, plain.value) == ("max_steps", -1):
+        reading = noted(plain, "ignored", "-1 leaves the length to num_train_epochs")
+    elif alias is not None:
+        reading = aliases.read_alias(alias, plain, dialect)
+    elif plain.name == entry.name:
+        return Reading([Entry(find_key(plain.name, plain.origin).name, plain.value, plain.origin)])
+    else:
+        reading = translated(plain, [(find_key(plain.name, plain.origin).name, plain.value)])
+    return Reading(reading.entries, notes=[replace(note, key=entry.name) for note in reading.notes])
+
+
+def _read_overrides(overrides: Sequence[tuple[str, str]], dialect: aliases.Dialect | None) -> Reading:
+    """What was typed; of two values for one setting the last wins."""
+    names = [name.replace("-", "_") for name, _ in overrides]
+    if dialect is None:
+        dialect = aliases.dialect_of(names)
+    if dialect is None and dict(overrides).get("num_gpus") == "1":
+        dialect = aliases.SCRIPT  # on one GPU all dialects count alike
+    reading = Reading()
+    for spelled, text in overrides:
+        reading.add(_read_override(spelled, text, dialect))
+    last = {entry.name: entry for entry in reading.entries}
+    return replace(reading, entries=list(last.values()))
+
+
+def _read_override(spelled: str, text: str, dialect: aliases.Dialect | None) -> Reading:
+    alias = aliases.find_alias(spelled)
+    if alias is None:
+        aliases.refuse_of_generate(spelled, COMMAND_LINE)
+        key = find_key(spelled, COMMAND_LINE)
+        return Reading([Entry(key.name, _read_typed(key, text), COMMAND_LINE)])
+    value = read_scalar(text)
+    reading = aliases.read_alias(alias, Entry(alias.name, value, COMMAND_LINE), dialect)
+    return replace(reading, entries=[_as_typed(entry, value, text) for entry in reading.entries])
+
+
+def _as_typed(entry: Entry, value: object, text: str) -> Entry:
+    """A key that takes text takes ``2024`` as it was typed."""
+    is_text = entry.name in keys() and keys()[entry.name].is_text
+    return replace(entry, value=text) if is_text and entry.value is value and value is not None else entry
 
 
 def _read_typed(key: Key, text: str) -> object:
@@ -216,12 +372,26 @@ def _in_words(error: ValidationError, settings: dict[str, Entry]) -> ConfigError
     path = [str(part) for part in first["loc"]]
     if len(path) > 1 and path[1] in kinds(path[0]):
         del path[1]
-    if first["type"] == "missing":
+    if first["type"] == "missing" and len(path) <= 2 and path[0] != "stages":
         return _missing(".".join(path))
     key = next((keys()[name] for end in (3, 2, 1) if (name := ".".join(path[:end])) in keys()), None)
-    if first["type"] == "value_error" or key is None:
+    if key is None or (first["type"] == "value_error" and key.name not in settings):
         return ConfigError(str(first.get("ctx", {}).get("error", first["msg"])))
+    inner = path[key.name.count(".") + 1 :] if dict in key.types or key.name == "stages" else []
+    if first["type"] == "value_error" or inner:
+        return _wrong_inside(key, settings[key.name], inner, first)
     return _wrong_value(key, settings[key.name])
+
+
+def _wrong_inside(key: Key, entry: Entry, inner: Sequence[str], complaint: Mapping[str, Any]) -> ConfigError:
+    """A complaint about a part of a value that is a list or a mapping, or about how its parts go together."""
+    place = ".".join((key.name, *inner))
+    if complaint["type"] == "extra_forbidden":
+        return ConfigError(f"{entry.origin}: {place} is not known. {key.description}")
+    if complaint["type"] == "value_error":
+        return ConfigError(f"{entry.origin}: {key.name}: {complaint['ctx']['error']}.")
+    found = "nothing" if complaint["type"] == "missing" else describe_value(complaint["input"])
+    return ConfigError(f"{entry.origin}: {place}: {complaint['msg']}; {found} was found. {key.description}")
 
 
 def _missing(name: str) -> ConfigError:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from .durations import parse_duration
 from .images import ImageDataConfig
 from .models import ModelConfig, Section
 from .optimizers import OptimizerConfig, why_not
+from .stages import check_stages
 
-Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Offload = Literal["none", "cpu", "nvme"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Positive = Annotated[int, Field(ge=1)]
@@ -20,18 +21,73 @@ Interval = Positive | Literal["never"]
 Goal = Literal["speed", "memory", "balanced", "largest-batch"]
 
 
+class SourceConfig(Section):
+    """One source of a mixture."""
+
+    weight: Annotated[float, Field(ge=0)]
+    """Its share of the samples, relative to the other sources' weights; 0 evaluates it only."""
+    path: Path | None = None
+    """Folder of its tokens; unset means the folder of its name below ``data.path``."""
+    prepare: tuple[str, ...] = ()
+    """What to prepare when it holds no tokens."""
+
+
 class DataConfig(Section):
     """Tokens on disk, and how to make them when they are not there."""
 
     kind: Literal["tokens"] = "tokens"
     path: Path
-    """Folder with ``train.bin``, ``val.bin`` and ``meta.json`` (or nanoGPT's files)."""
+    """Folder with ``train.bin``, ``val.bin`` and ``meta.json`` (or nanoGPT's files); of ``sources``, the folder that
+    they lie in (``data`` when unset)."""
+    sources: dict[str, SourceConfig] = Field(default={})
+    """A mixture: name -> weight, or name -> ``{weight, path, prepare}``, as ``{shakespeare: 0.3, openwebtext: 0.7}``.
+    Sample k of the run comes from the same source and place for every number of ranks."""
     prepare: tuple[str, ...] = ()
-    """What to prepare when ``path`` holds no tokens: ``shakespeare``, or text files (.txt, .jsonl)."""
-    tokenizer: Literal["char", "gpt2"] = "char"
-    """For ``prepare``: characters of the text, or GPT-2's byte-pair encoding."""
+    """What to prepare when ``path`` holds no tokens: ``shakespeare``, ``openwebtext``, or text files, folders and
+    patterns (.txt, .jsonl, .parquet, compressed or not)."""
+    tokenizer: str = "char"
+    """For ``prepare``: ``char`` (characters of the text), ``bytes``, ``gpt2`` (its byte-pair encoding), or a Hugging
+    Face tokenizer: a name on the hub, a folder, or a ``tokenizer.json``."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """For ``prepare``: share of the text, at its end, kept for validation."""
+    """For ``prepare``: share of the text kept for validation."""
+    split: Literal["tail", "documents"] = "tail"
+    """For ``prepare``: the last tokens validate, or documents drawn from all of the text."""
+    text_key: str = "text"
+    """For ``prepare``: member of JSON lines, and column of Parquet files, that holds the text."""
+    subset: str | None = None
+    """For ``prepare``: part of the documents, as ``1%`` or ``20000``."""
+    errors: Literal["strict", "replace"] = "strict"
+    """For ``prepare``: refuse text that is not valid UTF-8, or replace what is not."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_of_sources(cls, given: Any) -> Any:
+        """Sources lie below ``data`` unless told otherwise."""
+        return {"path": "data", **given} if isinstance(given, dict) and given.get("sources") else given
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _bare_weights(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        bare = {name for name, value in given.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        return {name: {"weight": value} if name in bare else value for name, value in given.items()}
+
+    @field_validator("sources")
+    @classmethod
+    def _weights_add_up(cls, given: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        if given and not sum(source.weight for source in given.values()):
+            raise ValueError(
+                f"the weights of {', '.join(given)} add up to 0, so that no sample could be drawn; give at least one "
+                f"of them a weight above 0"
+            )
+        return given
+
+    def folders(self) -> dict[str, Path]:
+        """Name of a source -> its folder; a single folder without sources has the empty name."""
+        if not self.sources:
+            return {"": self.path}
+        return {name: source.path or self.path / name for name, source in self.sources.items()}
 
 
 def _data_kind(data: Any) -> str:
@@ -108,6 +164,21 @@ class EarlyStoppingConfig(Section):
     """Whether smaller or larger values are better."""
 
 
+class StageConfig(Section):
+    """A part of a run with data or a learning rate of its own. What it leaves out is as in the rest of the run."""
+
+    until: Positive | None = None
+    """Step at which it ends; only the last one may leave it out, and ends with the run."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9._-]{0,63}$")] | None = None
+    """Name of the checkpoint that it ends in; unset means ``stage-1``, ``stage-2`` …."""
+    data: DataConfig | None = None
+    """What it trains on."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Its peak learning rate."""
+    schedule: ScheduleConfig | None = None
+    """A schedule of its own, whose steps count from its start; unset: the run's schedule goes on."""
+
+
 class LossScaleConfig(Section):
     """Dynamic loss scale of fp16 (Micikevicius et al. 2018)."""
 
@@ -128,7 +199,7 @@ class ZeroConfig(Section):
     """Reduce gradients while the backward pass goes on; costs a second bucket."""
     reduce_bucket_elements: Positive | None = None
     """Elements (not bytes) of a gradient bucket."""
-    prefetch_bucket_elements: Positive | None = None
+    prefetch_bucket_elements: Annotated[int, Field(ge=0)] | None = None
     """ZeRO-3: elements gathered ahead of their use."""
     persistence_threshold_elements: Annotated[int, Field(ge=0)] | None = None
     """ZeRO-3: parameters below this size are not partitioned."""
@@ -142,6 +213,15 @@ class ZeroConfig(Section):
     """Page-locked host memory for what is offloaded: faster transfers, cannot be swapped."""
 
 
+class FsdpConfig(Section):
+    """Knobs of strategy fsdp2."""
+
+    reshard_after_forward: bool = True
+    """Let go of a block's gathered parameters after its forward pass and gather them again in the backward pass.
+    ``false`` saves one all-gather a micro-step and keeps the whole compute copy on every rank from forward to
+    backward."""
+
+
 class Config(Section):
     """One run."""
 
@@ -152,6 +232,12 @@ class Config(Section):
     seed: int = 1337
     """Everything random is a function of this: weights, sample order, dropout."""
 
+    init_from: str = "scratch"
+    """Where weights come from: ``scratch`` (the seed); ``resume`` (go on with this run, as ``--resume``); ``gpt2``,
+    ``gpt2-medium``, ``gpt2-large`` or ``gpt2-xl`` (published weights); another run or one of its checkpoints, a Hugging
+    Face folder, a weights file, or ORGANISATION/NAME on the hub. The optimizer starts afresh, and the model's shape is
+    that of the weights; a smaller ``model.block_size`` cuts the positions."""
+
     model: ModelConfig
     data: AnyDataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -159,6 +245,11 @@ class Config(Section):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
     zero: ZeroConfig = ZeroConfig()
+    fsdp: FsdpConfig = FsdpConfig()
+
+    stages: tuple[StageConfig, ...] = ()
+    """A curriculum: a list of ``{until, name, data, learning_rate, schedule}``, one stage after the other. Each ends in
+    a checkpoint of its name, which stays."""
 
     max_steps: Positive = 1000
     """Optimizer steps."""
@@ -226,15 +317,40 @@ class Config(Section):
     """Keep this many checkpoints with the best evaluation (of the loss; of pictures, accuracy), too."""
     sample_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of text to generate and print when training ends; 0 for none."""
+    sample_interval: Interval = "never"
+    """Steps between such texts while training goes on, or ``never``. All ranks write them together."""
     sample_prompt: str = "\n"
     """Start of that text."""
     collective_timeout_seconds: Positive = 600
     """A collective that takes longer means that a rank is gone."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _stages_decide(cls, given: Any) -> Any:
+        """The last stage ends the run, and its data is the run's, where nothing else says so. Weights bring a model."""
+        if isinstance(given, dict) and "model" not in given and given.get("init_from", "scratch") != "scratch":
+            given = {**given, "model": {"kind": "gpt2"}}  # its shape comes with the weights
+        stages = given.get("stages") if isinstance(given, dict) else None
+        last = stages[-1] if isinstance(stages, list | tuple) and stages else None
+        if not isinstance(last, dict):
+            return given
+        known = {"max_steps": last.get("until"), "data": last.get("data")}
+        return {**{key: value for key, value in known.items() if value is not None}, **given}
+
+    @model_validator(mode="after")
+    def _legal_stages(self) -> Config:
+        check_stages(self)
+        return self
+
     @model_validator(mode="after")
     def _legal_combination(self) -> Config:
         _check_data(self)
         _check_offload(self)
+        if self.sample_interval != "never" and not self.sample_tokens:
+            raise ValueError(
+                f"sample_interval {self.sample_interval} with sample_tokens 0: a text of no tokens is asked for; set "
+                f"sample_tokens, or sample_interval never"
+            )
         _check_optimizer(self)
         _check_end(self)
         if self.compile and self.strategy == "zero3":
@@ -242,7 +358,17 @@ class Config(Section):
                 "strategy zero3 with compile true: torch.compile traces DeepSpeed's gathering hooks, and on GPUs the "
                 "gradients came out wrong (measured: docs/experiments.md); use compile false, or strategy zero2"
             )
+        if self.strategy == "fsdp2" and self.replays_graphs:
+            raise ValueError(
+                "strategy fsdp2 with compile_mode reduce-overhead: CUDA graphs replay at the addresses that they were "
+                "recorded with, and FSDP2 gathers parameters at new ones; use compile_mode default, or strategy zero2"
+            )
         return self
+
+    @property
+    def replays_graphs(self) -> bool:
+        """True when compiled units are recorded as CUDA graphs."""
+        return self.compile and self.compile_mode == "reduce-overhead"
 
 
 def _check_data(config: Config) -> None:
@@ -253,6 +379,11 @@ def _check_data(config: Config) -> None:
             f"model.kind {config.model.kind} with data.kind {config.data.kind}: {config.model.kind} is trained on "
             f"{wanted}; set data.kind {wanted} and data.path to {wanted} that were prepared, or choose another "
             f"model.kind"
+        )
+    if wanted == "images" and config.init_from not in ("scratch", "resume"):
+        raise ValueError(
+            f"init_from {config.init_from} with model.kind {config.model.kind}: init_from names weights of language "
+            f"models; for a classifier set model.weights_from {config.init_from}, or model.pretrained true"
         )
 
 
@@ -288,7 +419,7 @@ def _check_optimizer(config: Config) -> None:
 def _check_offload(config: Config) -> None:
     """The offload that a strategy has; the nearest legal choice is named."""
     strategy, given = config.strategy, ("cpu", "nvme")
-    if strategy in ("single", "ddp") and config.offload in given:
+    if strategy in ("single", "ddp", "fsdp2") and config.offload in given:
         raise ValueError(
             f"strategy {strategy} with offload {config.offload}: only ZeRO moves optimizer states off the GPU; "
             f"use strategy zero2 (it also runs on one GPU) or offload none"

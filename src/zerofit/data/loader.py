@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ..types import Batch
+from .mixture import Samples
 from .order import Indices
-from .tokens import TokenDataset
 
 #: Target of a position that is not trained on; the models' loss ignores it.
 IGNORE = -100
@@ -51,7 +51,7 @@ class TrainLoader:
     The data cursor is the step: step s takes the samples ``s * global_batch`` to ``(s + 1) * global_batch``.
     """
 
-    def __init__(self, dataset: TokenDataset, share: Share, pin_memory: bool) -> None:
+    def __init__(self, dataset: Samples, share: Share, pin_memory: bool) -> None:
         self.dataset, self.share, self.pin_memory = dataset, share, pin_memory
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="zerofit-data")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
@@ -82,7 +82,7 @@ class TrainLoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def evaluation_window(dataset: TokenDataset, share: Share, batches: int) -> Iterator[Batch]:
+def evaluation_window(dataset: Samples, share: Share, batches: int) -> Iterator[Batch]:
     """This rank's part of `batches` global batches spread evenly over the split.
 
     The samples do not depend on the number of ranks; where they do not divide evenly the rest is padding of weight 0,

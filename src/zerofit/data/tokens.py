@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,14 @@ from numpy.typing import NDArray
 
 from ..config.models import LanguageModelShape
 from ..errors import DataError
+from .metadata import known_largest, read_meta, token_width
 from .order import Indices, epoch_shift, permute
 
-META = "meta.json"
 SPLITS = ("train", "val")
-#: Tokens looked at together when the largest id is searched.
-SCAN_TOKENS = 1 << 24
-
-
-def dtype_for(vocab_size: int) -> np.dtype[Any]:
-    """uint16, or uint32 for a vocabulary that it cannot count."""
-    return np.dtype(np.uint16 if vocab_size <= 65_535 else np.uint32)
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """``meta.json`` of a prepared folder; empty for a folder that somebody else's script wrote."""
-    path = folder / META
-    if not path.exists():
-        return {}
-    try:
-        meta: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}). Prepare the data again with `zerofit data prepare`.") from error
-    if meta.get("dtype") not in ("uint16", "uint32"):
-        raise DataError(f"{path}: dtype {meta.get('dtype')!r}; tokens are uint16 or uint32. Prepare the data again.")
-    return meta
 
 
 def open_tokens(folder: Path, split: str) -> NDArray[Any]:
-    """Memory-map a split's tokens. Without ``meta.json`` they are taken as uint16, which is nanoGPT's type.
+    """Memory-map a split's tokens. Without ``meta.json`` their width is told by the bytes (`metadata.infer_width`).
 
     Raises:
         DataError: the file is missing, empty, or no whole number of tokens.
@@ -51,7 +29,7 @@ def open_tokens(folder: Path, split: str) -> NDArray[Any]:
             f"No {path}: a folder of tokens holds train.bin and val.bin. Make it with `zerofit data prepare TEXT "
             f"--out {folder}`, or set data.path."
         )
-    dtype = np.dtype(read_meta(folder).get("dtype", "uint16"))
+    dtype = token_width(folder, path).dtype
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
         raise DataError(
@@ -66,12 +44,25 @@ def vocabulary_size(folder: Path) -> int:
     meta = read_meta(folder)
     if "vocab_size" in meta:
         return int(meta["vocab_size"])
-    return 1 + max(largest_token(open_tokens(folder, split)) for split in SPLITS)
+    return 1 + max(largest_of(folder, split) for split in SPLITS)
 
 
-def largest_token(tokens: NDArray[Any]) -> int:
-    """Largest id, read in pieces."""
-    return max(int(tokens[i : i + SCAN_TOKENS].max()) for i in range(0, len(tokens), SCAN_TOKENS))
+def largest_of(folder: Path, split: str) -> int:
+    """Largest id in a split; a file that has not changed is not read again."""
+    return known_largest(folder / f"{split}.bin", open_tokens(folder, split).dtype)
+
+
+def describe_inferred(folder: Path) -> str | None:
+    """What was inferred about a folder without ``meta.json``, in a sentence; None for a folder that says it."""
+    width = token_width(folder, folder / "train.bin")
+    if width.reason is None:
+        return None
+    largest = max(largest_of(folder, split) for split in SPLITS)
+    told = "meta.pkl tells the vocabulary" if read_meta(folder) else "nothing tells the vocabulary"
+    return (
+        f"{folder} has no meta.json: its tokens are taken as {width.dtype.name} ({width.reason}), the largest id is "
+        f"{largest}, and {told}: {vocabulary_size(folder)}."
+    )
 
 
 def check_data(folder: Path, model: LanguageModelShape) -> None:
@@ -90,7 +81,7 @@ def check_data(folder: Path, model: LanguageModelShape) -> None:
                 f"{model.sequence_length} and a target. Use a shorter sequence (model.block_size, "
                 f"model.max_seq_length), or more text."
             )
-        largest = largest_token(tokens)
+        largest = largest_of(folder, split)
         if largest >= vocab_size:
             raise DataError(
                 f"{folder / split}.bin holds the token {largest}, beyond model.vocab_size {vocab_size}. The data was "
@@ -119,15 +110,19 @@ class TokenDataset:
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
         #: Samples of an epoch. One block less than fits, so that the shift never runs over the end.
         self.samples = max((len(tokens) - 1) // block_size - 1, 1)
+        self.places = len(tokens)
         #: Whole blocks in the split.
         self.blocks = (len(tokens) - 1) // block_size
         self._largest_shift = min(block_size, len(tokens) - self.samples * block_size)
 
     def starts(self, first: int, count: int) -> Indices:
         """First token of the training samples `first` .. `first + count` of the endless sequence of epochs."""
-        numbers = np.arange(first, first + count, dtype=np.int64)
+        return self.starts_of(np.arange(first, first + count, dtype=np.int64))
+
+    def starts_of(self, numbers: Indices) -> Indices:
+        """First token of each of the training samples `numbers`."""
         epochs, indices = numbers // self.samples, numbers % self.samples
-        out = np.empty(count, dtype=np.int64)
+        out = np.empty(len(numbers), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
             inside = epochs == epoch
             blocks = permute(indices[inside], self.samples, self.seed, epoch)

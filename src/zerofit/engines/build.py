@@ -13,6 +13,7 @@ from .base import Engine
 ENGINES = {
     "single": "zerofit.engines.ddp:DDPEngine",
     "ddp": "zerofit.engines.ddp:DDPEngine",
+    "fsdp2": "zerofit.engines.fsdp:FSDPEngine",
     "zero1": "zerofit.engines.deepspeed:DeepSpeedEngine",
     "zero2": "zerofit.engines.deepspeed:DeepSpeedEngine",
     "zero3": "zerofit.engines.deepspeed:DeepSpeedEngine",

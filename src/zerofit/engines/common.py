@@ -215,9 +215,13 @@ def add_over_ranks(tensor: Tensor, world: World) -> Tensor:
 
 @torch.no_grad()
 def predict(model: nn.Module, batch: Batch, inputs: Inputs) -> Tensor:
-    """The model's output without targets, in evaluation mode. Leaves the model in training mode."""
+    """The model's output without targets, in evaluation mode. Leaves the model in training mode.
+
+    As it was written: a text that is being sampled has another length with every token, and would be compiled anew.
+    """
     model.eval()
     arguments = inputs(batch, training=False)
-    output: Tensor = model(**{name: tensor for name, tensor in arguments.items() if name != "targets"})
+    with uncompiled(model):
+        output: Tensor = model(**{name: tensor for name, tensor in arguments.items() if name != "targets"})
     model.train()
     return output

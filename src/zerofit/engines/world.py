@@ -42,7 +42,7 @@ def open_world(plan: Plan, store: dist.Store | None = None) -> Iterator[World]:
         # cuBLAS reads it when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    grouped = world_size > 1 or plan.strategy.startswith("zero")
+    grouped = world_size > 1 or plan.strategy.startswith(("zero", "fsdp"))
     if grouped:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

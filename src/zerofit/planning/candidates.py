@@ -47,6 +47,7 @@ LADDER = (
     Rung("single"),
     Rung("zero1"),
     Rung("zero2"),
+    Rung("fsdp2"),
     Rung("zero3"),
     Rung("zero1", "cpu"),
     Rung("zero2", "cpu"),
@@ -224,6 +225,7 @@ class Builder:
                 ema_decay=config.ema_decay,
             ),
             loss_scale=config.loss_scale,
+            fsdp=config.fsdp,
             collective_timeout_seconds=config.collective_timeout_seconds,
         )
 
@@ -280,11 +282,13 @@ def zero_plan(config: Config, device: str, parameters: int, tight: bool, offload
 
 
 def checkpoint_bytes(config: Config, parameters: int) -> tuple[int, int]:
-    """One checkpoint, and all that lie on the disk at once: the newest, the best, and the one being written."""
+    """One checkpoint, and all that lie on the disk at once: the newest, the best, the ends of stages, and the one being
+    written."""
     one = checkpoint_bytes_a_parameter(config.optimizer.kind, config.ema_decay is not None) * parameters
     if config.save_interval == "never" and not config.save_on_improvement:
         return one, 0
-    return one, one * (config.keep_checkpoints + (config.keep_best or 1) + 1)
+    stages = 0 if config.save_interval == "never" else max(len(config.stages) - 1, 0)  # the last one is the newest
+    return one, one * (config.keep_checkpoints + (config.keep_best or 1) + stages + 1)
 
 
 def checkpointing_of(plan: Plan) -> str | int:
@@ -295,7 +299,8 @@ def checkpointing_of(plan: Plan) -> str | int:
 
 def describe(plan: Plan) -> str:
     """The strategy and its offload in words."""
-    names = {"single": "single", "ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+    zero = {"zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+    names = {"single": "single", "ddp": "DDP", "fsdp2": "FSDP2", **zero}
     offload = {"none": "", "cpu": " + CPU offload", "nvme": " + NVMe offload"}[plan.offload]
     return names[plan.strategy] + offload + (" + parameters" if plan.offload_parameters != "none" else "")
 

@@ -11,6 +11,7 @@ from ..errors import ConfigError, DoesNotFit, MissingDependency
 from .batch import BatchSplit, possible_splits
 from .calibration import Rates, constants, rates
 from .candidates import LADDER, LOW_BIT, SAFE_SHARE_DISK, Builder, Candidate, Rung, checkpointing_of, describe
+from .dimensions import dimension_notes
 from .hardware import Hardware
 from .plan import Plan
 from .remedies import remedies
@@ -38,6 +39,8 @@ class Choice:
     chosen: Candidate | None
     """None when nothing that was asked for fits."""
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """Sizes of the model that cost speed, and the better ones."""
 
     @property
     def plan(self) -> Plan:
@@ -115,7 +118,8 @@ def survey(config: Config, hardware: Hardware, *, everything: bool = False) -> C
         candidates = [explained if candidate is chosen else candidate for candidate in candidates]
         chosen = explained
         warnings += _warnings(config, hardware, chosen)
-    return Choice(hardware, found, config.goal, tuple(candidates), chosen, tuple(warnings))
+    notes = dimension_notes(config.model, precision, device)
+    return Choice(hardware, found, config.goal, tuple(candidates), chosen, tuple(warnings), notes)
 
 
 def _least_lossy(config: Config, hardware: Hardware, everything: bool) -> Choice:
@@ -203,6 +207,12 @@ def _world_size(config: Config, hardware: Hardware, device: str) -> int:
         raise ConfigError(
             f"strategy single with num_gpus {wanted}: single is one process. Use strategy ddp, or num_gpus 1."
         )
+    if config.strategy == "fsdp2" and nodes * wanted == 1:
+        raise ConfigError(
+            "strategy fsdp2 on one GPU: it shards parameters, gradients and optimizer states over GPUs, and here is "
+            "one. Use strategy single, which needs as much memory and gathers nothing (a checkpoint of fsdp2 resumes "
+            "under it), or strategy zero2 with offload cpu for less."
+        )
     if config.compile and hardware.system == "Windows":
         raise ConfigError("compile true: torch.compile needs Triton, which Windows lacks here. Use compile false.")
     if config.compile and device == "cuda" and any(gpu.capability < (7, 0) for gpu in hardware.gpus):
@@ -251,6 +261,7 @@ def _within_wishes(config: Config, rung: Rung) -> bool:
         config.strategy in ("auto", rung.strategy)
         and config.offload in ("auto", rung.offload)
         and config.offload_parameters in ("auto", rung.offload_parameters)
+        and not (rung.strategy == "fsdp2" and config.replays_graphs)  # see Config: gathered at new addresses
     )
 
 
@@ -265,7 +276,7 @@ def _considered(config: Config, hardware: Hardware, world_size: int, asked: Sequ
 def _possible(rung: Rung, world_size: int, hardware: Hardware) -> bool:
     if rung.strategy == "single":
         return world_size == 1
-    if rung.strategy == "ddp":
+    if rung.strategy in ("ddp", "fsdp2"):
         return world_size > 1
     return hardware.has_deepspeed and hardware.system == "Linux"
 

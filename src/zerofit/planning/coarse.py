@@ -27,6 +27,10 @@ def coarse_items(plan: Plan, states: Mapping[str, int]) -> dict[str, int]:
     items["activations"] = _activation_bytes(plan, h)
     items["logits"] = _logit_bytes(plan, h)
     items["temporaries"] = min(4 * p, 128 * MIB)
+    if plan.strategy == "fsdp2":
+        # Two blocks, each in a collective's buffer and in a place of its own; embedding and head stay.
+        kept = 0 if plan.fsdp.reshard_after_forward else plan.model.depth
+        items["gathered"] = h * (max(4, kept) * _block_elements(plan) + _root_elements(plan))
     if plan.strategy == "zero3":
         # Parameters that stay gathered at the turn from forward to backward.
         items["gathered"] = h * min(p, plan.zero.max_reuse_distance_elements // 2 + plan.zero.prefetch_bucket_elements)
@@ -35,9 +39,23 @@ def coarse_items(plan: Plan, states: Mapping[str, int]) -> dict[str, int]:
 
 def _gradient_bytes(plan: Plan, h: int) -> int:
     p, n = plan.parameters, plan.world_size
+    if plan.strategy == "fsdp2":  # the share, and whole gradients of embedding and head and of a block, twice
+        return h * math.ceil(p / n) + 2 * h * (_root_elements(plan) + _block_elements(plan))
     if plan.strategy in ("zero2", "zero3"):
         return (0 if plan.offload != "none" else h * math.ceil(p / n)) + h * min(p, plan.zero.reduce_bucket_elements)
     return h * p
+
+
+def _block_elements(plan: Plan) -> int:
+    """Of one block: parameters whose names hold a block's number."""
+    shapes = plan.model.parameter_shapes().items()
+    in_blocks = sum(math.prod(shape) for name, shape in shapes if any(part.isdigit() for part in name.split(".")))
+    return in_blocks // plan.model.depth
+
+
+def _root_elements(plan: Plan) -> int:
+    """Of what is in no block."""
+    return plan.parameters - plan.model.depth * _block_elements(plan)
 
 
 def _activation_bytes(plan: Plan, h: int) -> int:

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.durations import ENDLESS_STEPS
-from ..config.schema import Config
+from ..config.schema import Config, DataConfig
+from ..config.stages import describe_data, describe_stages, spans
 from .candidates import Candidate, checkpointing_of, describe, describe_states
 from .choose import Choice
 from .hardware import Hardware
@@ -56,6 +57,8 @@ def print_choice(console: Console, config: Config, choice: Choice, *, everything
             _say(console, f"{describe(candidate.plan)} {candidate.verdict}: {'; '.join(candidate.remedies)}.")
     if choice.chosen is not None:
         _print_chosen(console, config, choice, choice.chosen)
+    for note in choice.notes:
+        _say(console, f"Note: {note}.")
     for warning in choice.warnings:
         console.print(f"Warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
 
@@ -99,6 +102,10 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
         console,
         f"Batch: {choice.split.equation()}; {items}, {length}.",
     )
+    for line in describe_stages(config):
+        _say(console, line)
+    if isinstance(config.data, DataConfig) and config.data.sources and not config.stages:
+        _say(console, f"Data: {describe_data(config.data)}.")
     if chosen.disk_bytes:
         _say(
             console,
@@ -222,9 +229,10 @@ def print_formulas(console: Console, choice: Choice) -> None:
     _say(
         console,
         "Memory: model states 2P + 4P + 8P with half precision (parameters, masters, moments) and gradients 2P; ZeRO-1 "
-        "shards masters and moments over N, ZeRO-2 gradients too, ZeRO-3 parameters too (Rajbhandari et al. 2020); "
-        "buckets, partitions and padding as in DeepSpeed 0.19.8's source; activations from a trace of the model's own "
-        "operations, or from a closed formula where it says coarse. docs/planner.md has every item.",
+        "shards masters and moments over N, ZeRO-2 gradients too, ZeRO-3 and FSDP2 parameters too (Rajbhandari et al. "
+        "2020); buckets, partitions and padding as in the sources of DeepSpeed 0.19.8 and PyTorch; activations from a "
+        "trace of the model's own operations, or from a closed formula where it says coarse. docs/planner.md has "
+        "every item.",
     )
     for gpu in dict.fromkeys(choice.hardware.gpus):
         _say(console, f"{gpu.name}: compute capability {'.'.join(map(str, gpu.capability))}; {gpu.software}.")
@@ -280,7 +288,18 @@ def choice_json(choice: Choice, config: Config) -> dict[str, Any]:
         "goal": choice.goal,
         "candidates": [candidate_json(candidate, config) for candidate in choice.candidates],
         "chosen": None if chosen is None else {**chosen.plan.model_dump(mode="json"), **candidate_json(chosen, config)},
+        "stages": [
+            {
+                "name": s.name,
+                "start": s.start,
+                "stop": s.stop,
+                "data": describe_data(s.data),
+                "learning_rate": s.learning_rate,
+            }
+            for s in (spans(config) if config.stages else ())
+        ],
         "warnings": list(choice.warnings),
+        "notes": list(choice.notes),
     }
 
 

@@ -1,8 +1,8 @@
 """What a plan needs on the busiest rank: GPU bytes at the peak and when, host bytes, NVMe bytes.
 
 A traced micro-step of the model (`template`, `trace`) is played against a model of the engine (`memory_replicated`,
-`memory_zero2`, `memory_zero3`); the sequence of allocations goes through a simulation of PyTorch's allocator. The
-tests compare each engine model with the engine itself, and model states with what engines report.
+`memory_zero2`, `memory_zero3`, `memory_fsdp`); the sequence of allocations goes through a simulation of PyTorch's
+allocator. The tests compare each engine model with the engine itself, and model states with what engines report.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hashlib import sha256
 from . import store
 from .allocator import ROUND_BYTES, simulate_allocator
 from .coarse import coarse_items
+from .memory_fsdp import FSDPModel, fsdp_state_bytes
 from .memory_replicated import ReplicatedModel, replicated_state_bytes
 from .memory_zero2 import Zero2Model
 from .memory_zero3 import Zero3Model
@@ -51,7 +52,8 @@ H200 = DeviceConstants(context_bytes=768 * MIB, nccl_bytes=850 * MIB, workspace_
 OTHER_GPU = DeviceConstants(context_bytes=600 * MIB, nccl_bytes=850 * MIB, workspace_bytes=8_519_680)
 #: Multiples of `DeviceConstants.nccl_bytes`: DeepSpeed uses more communicators, and ZeRO on one rank has a group too.
 #: In the files named above: DDP 850 MiB, ZeRO-1 and 2 1,330, ZeRO-3 1,050, ZeRO on one GPU 950 to 1,000.
-GROUPS = {"ddp": 1.0, "zero1": 1.57, "zero2": 1.57, "zero3": 1.24}
+#: FSDP2 was not measured: taken to be ZeRO-3's, which gathers and reduce-scatters in one communicator as well.
+GROUPS = {"ddp": 1.0, "zero1": 1.57, "zero2": 1.57, "zero3": 1.24, "fsdp2": 1.24}
 ZERO_ALONE_GROUP = 1.15
 #: Without a GPU there is no context, and gloo's buffers are small.
 NO_GPU = DeviceConstants(context_bytes=0, nccl_bytes=0, workspace_bytes=0)
@@ -240,6 +242,8 @@ def engine_model(plan: Plan, ledger: Ledger, host: Ledger, events: Sequence[Step
     """
     if plan.strategy == "zero3":
         return Zero3Model(plan, ledger, host, [event for event in events if isinstance(event, ModuleEvent)])
+    if plan.strategy == "fsdp2":
+        return FSDPModel(plan, ledger, events)
     if plan.strategy in ("zero1", "zero2"):
         return Zero2Model(plan, ledger, host)
     return ReplicatedModel(plan, ledger)
@@ -247,7 +251,10 @@ def engine_model(plan: Plan, ledger: Ledger, host: Ledger, events: Sequence[Step
 
 def state_bytes(plan: Plan) -> dict[str, int]:
     """Model states between two steps, by item; what `Engine.memory` reports. ``host_*`` items lie in host memory."""
-    items = zero_state_bytes(plan) if plan.strategy.startswith("zero") else replicated_state_bytes(plan)
+    if plan.strategy == "fsdp2":
+        items = fsdp_state_bytes(plan)
+    else:
+        items = zero_state_bytes(plan) if plan.strategy.startswith("zero") else replicated_state_bytes(plan)
     buffers = buffer_bytes(plan)
     return items | ({"buffers": buffers} if buffers else {})
 

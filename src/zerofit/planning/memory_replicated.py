@@ -10,7 +10,7 @@ from typing import Any
 
 from .optimizer_states import factor_bytes, flat_elements, master_bytes, mean_bytes, planned_groups
 from .plan import Plan
-from .template import ModuleEvent
+from .template import BlockEvent, ModuleEvent
 from .timeline import Ledger, parameter_elements
 
 #: `engines.flat_optimizer.CHUNK_ELEMENTS`: fp32 gradients exist in chunks of at most so many elements.
@@ -107,6 +107,9 @@ class ReplicatedModel:
         return True
 
     def module(self, event: ModuleEvent) -> None:
+        """Parameters are always there."""
+
+    def block(self, event: BlockEvent) -> None:
         """Parameters are always there."""
 
     def micro_end(self) -> None:

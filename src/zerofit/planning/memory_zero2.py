@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .plan import Plan
-from .template import ModuleEvent
+from .template import BlockEvent, ModuleEvent
 from .timeline import MAIN, REDUCE, Ledger
 from .zero_memory import alloc_states, optimizer_groups, pinned_bytes
 
@@ -280,6 +280,9 @@ class Zero2Model:
             self.ledger.free(("gradient", parameter))
 
     def module(self, event: ModuleEvent) -> None:
+        """Parameters are always there."""
+
+    def block(self, event: BlockEvent) -> None:
         """Parameters are always there."""
 
     def micro_end(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .plan import Plan
-from .template import ModuleEvent
+from .template import BlockEvent, ModuleEvent
 from .timeline import GATHER, MAIN, REDUCE, Ledger, parameter_elements
 from .zero_memory import alloc_states, pinned_bytes, sub_groups, zero_state_bytes
 
@@ -170,6 +170,9 @@ class Zero3Model:
             self.gather.fetch(event.parameters)
         else:
             self.gather.release(event.parameters)
+
+    def block(self, event: BlockEvent) -> None:
+        """DeepSpeed's hooks are on modules that own parameters."""
 
     def micro_end(self) -> None:
         self._reduce()

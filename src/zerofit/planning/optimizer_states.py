@@ -63,9 +63,14 @@ def state_groups(kind: str, shapes: Mapping[str, tuple[int, ...]], decays: Mappi
 
 
 def planned_groups(plan: Plan) -> list[StateGroup]:
-    """The groups of a plan. Decay is on tensors of two and more dimensions, which is what `ModelSpec.decays` says."""
-    shapes = plan.model.parameter_shapes()
-    return state_groups(plan.optimizer.kind, shapes, {name: len(shape) >= 2 for name, shape in shapes.items()})
+    """The groups of a plan."""
+    return state_groups(plan.optimizer.kind, plan.model.parameter_shapes(), decaying(plan))
+
+
+def decaying(plan: Plan) -> dict[str, bool]:
+    """Name -> whether weight decay applies: to tensors of two and more dimensions, as `ModelSpec.decays` says,
+    which needs torch."""
+    return {name: len(shape) >= 2 for name, shape in plan.model.parameter_shapes().items()}
 
 
 def flat_elements(optimizer: OptimizerPlan, group: StateGroup) -> int:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ..config.models import ModelConfig, Section
 from ..config.optimizers import MasterType, OptimizerKind, StateType
-from ..config.schema import LossScaleConfig, Offload, Precision, Strategy
+from ..config.schema import FsdpConfig, LossScaleConfig, Offload, Precision, Strategy
 
 
 class OptimizerPlan(Section):
@@ -102,6 +102,7 @@ class Plan(Section):
     optimizer: OptimizerPlan = OptimizerPlan()
     loss_scale: LossScaleConfig = LossScaleConfig()
     zero: ZeroPlan = ZeroPlan()
+    fsdp: FsdpConfig = FsdpConfig()
     collective_timeout_seconds: int = 600
     state_bytes: dict[str, int] = Field(default_factory=dict)
     """Predicted bytes of model states of the busiest rank while idle, by item: `planning.memory.state_bytes`."""

@@ -79,7 +79,7 @@ def _low_bit(builder: Builder, plan: Plan) -> Iterator[str]:
 
 def _more_gpus(builder: Builder, plan: Plan) -> Iterator[str]:
     """The fewest GPUs over which the shards are small enough; nothing for what is not sharded."""
-    if not plan.strategy.startswith("zero") or builder.device != "cuda":
+    if not plan.strategy.startswith(("zero", "fsdp")) or builder.device != "cuda":
         return
     samples = plan.global_batch
     wider = [_over(builder, plan, n) for n in GPU_COUNTS if n > plan.world_size and samples % n == 0]

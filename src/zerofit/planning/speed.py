@@ -44,6 +44,11 @@ OVERLAP_COST, SLOW_LINK_OVERLAP_COST, OVERLAP_WINDOW = 0.6, 0.3, 0.9
 #: The same under ZeRO-3, whose gathers block the modules that wait for them. Fitted to a checkpointed 6.9B Mamba on
 #: 4 H200s, 4% slower under ZeRO-3 than under ZeRO-2; over slower links, PCIe's transfers among them, assumed.
 ZERO3_OVERLAP_COST, ZERO3_SLOW_LINK_OVERLAP_COST = 0.95, 0.5
+#: The same under FSDP2, from one pair of measurements that are not zerofit's own (decision 7): 0.6 to 0.8, by what was
+#: reduced in which type. Over slower links taken to be DDP's.
+FSDP_OVERLAP_COST, FSDP_SLOW_LINK_OVERLAP_COST = 0.7, 0.3
+#: Seconds of the launching process for one group's gathering, or its reducing. Assumed: some twenty small kernels.
+FSDP_GROUP_SECONDS = 250e-6
 
 FORMULAS = (
     ("matrix products", "6 x P_blocks x M + 6 x V x C x M FLOPs over matrix rate x 0.88 x C/(C+c0) x M/(M+m0); c0 = "
@@ -55,12 +60,16 @@ FORMULAS = (
      "over memory bandwidth", "counted in zerofit's GPT-2; bandwidth x 0.875"),
     ("recomputation", "the forward pass of the checkpointed blocks once more", "Chen et al. 2016"),
     ("launching", "7 us a kernel; hooks: 2 us a parameter under DDP, 95 us under ZeRO-1/2, 0.53 ms a module and pass "
-     "under ZeRO-3; a micro-step takes the longer of this and the GPU's work", "fitted on H200"),
+     "under ZeRO-3, 0.25 ms a group and pass under FSDP2; a micro-step takes the longer of this and the GPU's work",
+     "fitted on H200; FSDP2's assumed"),
     ("communication", "all-reduce 2hP(N-1)/N once a step (DDP, ZeRO-1) or once a micro-step (ZeRO-2); ZeRO-1/2 "
-     "all-gather hP(N-1)/N after the step; ZeRO-3 two all-gathers and a reduce-scatter of hP(N-1)/N each micro-step; "
-     "over bus bandwidth; what overlaps costs 0.6 of its time on NVLink (ZeRO-3 0.95), 0.3 (0.5) over slower links",
-     "Rajbhandari et al. 2020, section 7; DeepSpeed 0.19.8's source; 0.6 and 0.95 fitted, the others assumed"),
-    ("optimizer", "34 bytes a parameter (28 AdamW, 6 norm and zeroing); ZeRO 190 bytes a parameter of the rank's 1/N",
+     "all-gather hP(N-1)/N after the step; ZeRO-3 two all-gathers and a reduce-scatter of hP(N-1)/N each micro-step, "
+     "FSDP2 as well (one all-gather with fsdp.reshard_after_forward false); over bus bandwidth; what overlaps costs "
+     "0.6 of its time on NVLink (ZeRO-3 0.95, FSDP2 0.7), 0.3 (ZeRO-3 0.5) over slower links",
+     "Rajbhandari et al. 2020, section 7; the sources of DeepSpeed 0.19.8 and PyTorch; 0.6, 0.95 and 0.7 fitted, the "
+     "others assumed"),
+    ("optimizer", "34 bytes a parameter (28 AdamW, 6 norm and zeroing); ZeRO 190 and FSDP2 34 bytes a parameter of the "
+     "rank's 1/N",
      "34 counted, 190 fitted"),
     ("offload", "gradients to the host hP/N each micro-step, AdamW there 28P/N bytes a rank at the node's rate, "
      "parameters back hP/N; with parameters offloaded, hP/N in for each pass", "measured on H200: 51 and 37 GB/s, "
@@ -177,6 +186,9 @@ def _hook_seconds(plan: Plan, tensors: int, modules: int, checkpointed: float) -
     """What the strategy's hooks take of the launching process."""
     if plan.strategy == "zero3":
         return (2 + checkpointed) * modules * ZERO3_MODULE_SECONDS  # recomputation gathers once more
+    if plan.strategy == "fsdp2":
+        # Blocks and the rest; gathered in either pass, reduced once.
+        return 3 * (plan.model.depth + 1) * FSDP_GROUP_SECONDS
     hook = ZERO_HOOK_SECONDS if plan.strategy.startswith("zero") else DDP_HOOK_SECONDS if plan.world_size > 1 else 0.0
     return tensors * hook
 
@@ -194,6 +206,11 @@ def _communication(plan: Plan, found: Rates, backward: float) -> tuple[float, fl
         moved = 2 * parameters / found.all_gather + gradients / found.reduce_scatter
         shown = _exposed(moved, 1.5 * backward, plan, found)  # the gathers of the forward pass overlap with that
         return shown, shown, 0.0
+    if plan.strategy == "fsdp2":
+        gathers = 2 if plan.fsdp.reshard_after_forward else 1
+        moved = gathers * parameters / found.all_gather + gradients / found.reduce_scatter
+        shown = _exposed(moved, 1.5 * backward, plan, found)
+        return shown, shown, 0.0
     shown = _exposed(2 * gradients / found.all_reduce, backward, plan, found)
     gather = parameters / found.all_gather if plan.strategy in ("zero1", "zero2") else 0.0
     return (shown if plan.strategy == "zero2" else 0.0), shown, gather
@@ -206,6 +223,8 @@ def _exposed(moved: float, window: float, plan: Plan, found: Rates) -> float:
     fast, slow = OVERLAP_COST, SLOW_LINK_OVERLAP_COST
     if plan.strategy == "zero3":
         fast, slow = ZERO3_OVERLAP_COST, ZERO3_SLOW_LINK_OVERLAP_COST
+    if plan.strategy == "fsdp2":
+        fast, slow = FSDP_OVERLAP_COST, FSDP_SLOW_LINK_OVERLAP_COST
     cost = fast if found.shares_units else slow
     return max(cost * moved, moved - (1 - cost) * OVERLAP_WINDOW * window)
 
@@ -218,7 +237,8 @@ def _optimizer_seconds(plan: Plan, found: Rates) -> float:
     if plan.strategy.startswith("zero"):
         return (ZERO_STEP_BYTES + more) * plan.parameters / plan.world_size / found.bandwidth
     usual = ADAM_BYTES if plan.mixed else ADAM_FP32_BYTES
-    seconds = (usual + more) * plan.parameters / found.bandwidth
+    share = plan.world_size if plan.strategy == "fsdp2" else 1
+    seconds = (usual + more) * plan.parameters / share / found.bandwidth
     return seconds + orthogonal_flops(plan) / (PRODUCT_SHARE * found.matrix_flops)
 
 

@@ -60,7 +60,7 @@ class TraceKey:
 def trace_key(plan: Plan, *, recompute: int) -> TraceKey:
     """The trace that a plan needs for one kind of its blocks."""
     shallow = plan.model.with_depth(min(plan.model.depth, TRACED_DEPTH))
-    weights = {"init_from", "pretrained"}  # where they come from changes no size
+    weights = {"weights_from", "pretrained"}  # where they come from changes no size
     return TraceKey(
         shallow.model_dump(mode="json", exclude=weights), 2 if plan.mixed else 4, recompute, plan.compile, plan.device
     )

@@ -55,11 +55,18 @@ class ModuleEvent(NamedTuple):
     parameters: tuple[str, ...]
 
 
+class BlockEvent(NamedTuple):
+    """``f+ f- b+ b-`` of the block `name`; of the whole model with an empty name."""
+
+    when: str
+    name: str
+
+
 class Backward(NamedTuple):
     """The backward pass begins."""
 
 
-StepEvent = Alloc | Free | Gradient | ModuleEvent | Backward
+StepEvent = Alloc | Free | Gradient | ModuleEvent | BlockEvent | Backward
 
 
 @dataclass(frozen=True)
@@ -129,10 +136,18 @@ def _composed(
     for which, order in ((FORWARD, range(depth + 2)), (BACKWARD, range(depth + 1, -1, -1))):
         if which == BACKWARD:
             yield Backward()
+        letter = "fb"[which]
+        yield BlockEvent(f"{letter}+", "")
         for position in order:
             template = kind(position)
+            name = template.block_name.format(position - 1) if 1 <= position <= depth else None
+            if name is not None:
+                yield BlockEvent(f"{letter}+", name)
             events = template.segment(which, position, depth)
             yield from _placed(events, which, position, depth, template.block_name, samples)
+            if name is not None:
+                yield BlockEvent(f"{letter}-", name)
+        yield BlockEvent(f"{letter}-", "")
 
 
 def _placed(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .plan import Plan
-from .template import Alloc, Backward, Free, Gradient, ModuleEvent, StepEvent
+from .template import Alloc, Backward, BlockEvent, Free, Gradient, ModuleEvent, StepEvent
 
 #: CUDA streams with memory pools of their own: computing, reducing gradients, gathering parameters.
 MAIN, REDUCE, GATHER = 0, 1, 2
@@ -114,6 +114,9 @@ class EngineModel(Protocol):
     def module(self, event: ModuleEvent) -> None:
         """A module that owns parameters begins or ends a pass."""
 
+    def block(self, event: BlockEvent) -> None:
+        """A block, or the whole model, begins or ends a pass."""
+
     def micro_end(self) -> None:
         """After a backward pass, still in its phase."""
 
@@ -191,6 +194,8 @@ def _micro_step(
                 kept.add(event.key)
         elif type(event) is ModuleEvent:
             engine.module(event)
+        elif type(event) is BlockEvent:
+            engine.block(event)
         elif type(event) is Backward:
             ledger.begin("backward")
     engine.micro_end()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
-from .optimizer_states import mean_bytes
+from .optimizer_states import decaying, mean_bytes
 from .plan import Plan
 from .timeline import Ledger
 
@@ -36,14 +36,10 @@ def pinned_bytes(size_bytes: int) -> int:
 
 
 def optimizer_groups(plan: Plan) -> list[dict[str, int]]:
-    """Elements of each parameter by name, in the optimizer's two groups: with weight decay and without.
-
-    Decay is on tensors of two and more dimensions, which is what `ModelSpec.decays` says without importing torch.
-    """
-    shapes = plan.model.parameter_shapes()
+    """Elements of each parameter by name, in the optimizer's two groups: with weight decay and without."""
+    shapes, decays = plan.model.parameter_shapes(), decaying(plan)
     groups = [
-        {name: math.prod(shape) for name, shape in shapes.items() if (len(shape) >= 2) is decays}
-        for decays in (True, False)
+        {name: math.prod(shape) for name, shape in shapes.items() if decays[name] is wanted} for wanted in (True, False)
     ]
     return [group for group in groups if group]
 

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from ..data.loader import Share
 
 
+def metric_name(key: str, metric: str) -> str:
+    """``val_loss`` for the key ``val``, ``val_loss_web`` for ``val/web``: `Feed.evaluation`'s keys as metrics."""
+    split, _, source = key.partition("/")
+    return f"{split}_{metric}_{source}" if source else f"{split}_{metric}"
+
+
 class Loader(Protocol):
     """A rank's training batches by step: a pure function of the step, so that the step is the data cursor."""
 
@@ -37,7 +43,7 @@ class Feed:
 
     Attributes:
         train: its training batches.
-        evaluation: split -> its batches of an evaluation; equally many on every rank.
+        evaluation: split, or SPLIT/SOURCE -> its batches of an evaluation; equally many on every rank.
         probe: the sample that checkpoints carry with its loss; the same on every rank.
         transform: what the engine does with a batch's inputs on the device before the model sees them (decoding,
             augmentation), ``(inputs, training) -> inputs``; None: nothing.
@@ -105,8 +111,8 @@ class Task(Protocol):
             DataError: there is no data to decide them.
         """
 
-    def check(self, config: Config) -> None:
-        """Check the data against the model before anything starts.
+    def check(self, config: Config) -> Sequence[str]:
+        """Check the data against the model before anything starts; returns what people should know about it.
 
         Raises:
             DataError: it does not suit.
@@ -138,5 +144,9 @@ class Task(Protocol):
     def metrics(self, sums: Mapping[str, LossSum]) -> dict[str, float]:
         """What an evaluation's loss sums mean to people; ``loss`` among them."""
 
-    def closing_words(self, ending: Ending) -> str | None:
-        """What a finished run shows of its model (a text that it writes), or None. Collective."""
+    def words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
+        """What a run shows of its model at the end and every ``sample_interval`` steps (a text that it writes), or
+        None. Collective where `predict` is: every rank calls it equally often, whatever comes of it."""
+
+    def finish(self, ending: Ending) -> str | None:
+        """What a finished run says of its model at last, and may leave in its folder. Collective."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class ImageClassification:
             decided["num_classes"] = len(read_images_meta(config.data.path)["classes"])
         return decided
 
-    def check(self, config: Config) -> None:
+    def check(self, config: Config) -> Sequence[str]:
         from ..data.augment import check_augment
 
         data, model = pictures_of(config), image_model(config.model)
@@ -72,6 +72,7 @@ class ImageClassification:
             )
         if data.augment.changes_colour:
             check_augment(data, 2)
+        return ()
 
     def epoch_samples(self, config: Config) -> int:
         from ..data.images.dataset import open_images
@@ -142,7 +143,10 @@ class ImageClassification:
         names = {"loss": "loss", "correct": "accuracy", "correct_top5": "top5_accuracy"}
         return {shown: sums[name].mean for name, shown in names.items() if name in sums}
 
-    def closing_words(self, ending: Ending) -> str | None:
+    def words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
+        return None
+
+    def finish(self, ending: Ending) -> str | None:
         """Write `CONFUSION` and `PER_CLASS` of the validation pictures, under the weights of the last step."""
         classes: list[str] = self.facts(ending.config)["classes"]
         counts = confusion(ending, len(classes))

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from ..config.models import LanguageModelShape, ModelShape
 from ..config.schema import Config, DataConfig
-from ..data.prepare import is_prepared, prepare
-from ..data.tokens import SPLITS, check_data, fingerprint, open_split, vocabulary_size
+from ..data.run_data import (
+    all_data,
+    check_all,
+    fingerprints,
+    first_folder,
+    open_data,
+    open_evaluation,
+    open_training,
+    prepare_all,
+    vocabulary_of,
+)
 from ..types import Batch, LossSum
 from .base import Best, Ending, Feed
 
@@ -30,35 +41,32 @@ class LanguageModeling:
     best = Best("val_loss")
 
     def prepare(self, config: Config, say: Callable[[str], None]) -> None:
-        data = tokens_of(config)
-        if data.prepare and not is_prepared(data.path):
-            say(f"Preparing {', '.join(data.prepare)} …")
-            say(prepare(data).describe())
+        prepare_all(config, say, Console(stderr=True))
 
     def decided_by_data(self, config: Config) -> dict[str, object]:
-        known = language_model(config.model).vocab_size is not None
-        return {} if known else {"vocab_size": vocabulary_size(config.data.path)}
+        return {} if language_model(config.model).vocab_size is not None else {"vocab_size": vocabulary_of(config)}
 
-    def check(self, config: Config) -> None:
-        check_data(config.data.path, language_model(config.model))
+    def check(self, config: Config) -> Sequence[str]:
+        return check_all(config)
 
     def epoch_samples(self, config: Config) -> int:
-        return open_split(config.data.path, "train", language_model(config.model), config.seed).samples
+        return open_data(tokens_of(config), "train", language_model(config.model), config.seed).samples
 
     def facts(self, config: Config) -> dict[str, Any]:
         return {}
 
     def fingerprint(self, config: Config) -> dict[str, dict[str, Any]]:
-        return fingerprint(config.data.path)
+        return fingerprints(config)
 
     def open(self, config: Config, model: ModelConfig, share: Share, *, pin_memory: bool) -> Feed:
         from ..data.loader import TrainLoader, collate, evaluation_window
 
         shape = language_model(model)
-        splits = {split: open_split(config.data.path, split, shape, config.seed) for split in SPLITS}
+        train = open_training(config, shape, share.global_batch)
+        splits = open_evaluation(all_data(config), shape, config.seed)
         probe = collate(splits["val"].window(splits["val"].spread_starts(1)))
         return Feed(
-            TrainLoader(splits["train"], share, pin_memory),
+            TrainLoader(train, share, pin_memory),
             {name: list(evaluation_window(split, share, config.eval_batches)) for name, split in splits.items()},
             probe_of(probe.inputs),
         )
@@ -78,21 +86,20 @@ class LanguageModeling:
     def metrics(self, sums: Mapping[str, LossSum]) -> dict[str, float]:
         return metrics(sums)
 
-    def closing_words(self, ending: Ending) -> str | None:
+    def words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
         from ..data.tokenizers import load_tokenizer
         from .sampling import generate
 
-        config, length = ending.config, language_model(ending.model).sequence_length
-        tokenizer = load_tokenizer(config.data.path)
+        tokenizer = load_tokenizer(first_folder(tokens_of(config)))
         if not config.sample_tokens or tokenizer is None:
             return None
         prompt = tokenizer.encode(config.sample_prompt).tolist()
-
-        def predict(tokens: Tensor) -> Tensor:
-            return ending.predict({"tokens": tokens})
-
+        length = language_model(model).sequence_length
         tokens = generate(predict, prompt, config.sample_tokens, block_size=length, seed=config.seed)
-        return f"Sample:\n{tokenizer.decode(tokens[len(prompt) :])}"
+        return tokenizer.decode(tokens[len(prompt) :])
+
+    def finish(self, ending: Ending) -> str | None:
+        return None
 
 
 TASK = LanguageModeling()

@@ -9,6 +9,7 @@ from typing import Any
 from .. import __version__
 from ..checkpoint.saver import Outcome, Request, Saver, agree
 from ..config.schema import Config
+from ..config.stages import stage_ending_at
 from ..engines.base import Engine
 from ..errors import TrainingFailed
 from ..planning.plan import Plan
@@ -70,6 +71,8 @@ class Checkpoints:
         names = ["latest"]
         names += ["best"] if best else []
         names += ["final"] if progress.step == self.last_step else []
+        stage = stage_ending_at(self.config, progress.step)
+        names += [stage] if stage else []
         if self._probed is None or self._probed[0] != progress.step:
             self.announce(progress.step)
         assert self._probed is not None
@@ -164,7 +167,7 @@ class Checkpoints:
             "world_size": self.plan.world_size,
             "precision": self.plan.precision,
             "global_batch": self.plan.global_batch,
-            "data_path": str(self.config.data.path),
+            "data_path": str(next(iter(self.config.data.folders().values()))),
             "data": self.data,
             "metrics": progress.metrics,
             "metrics_step": progress.metrics_step,

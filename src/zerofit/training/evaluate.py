@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..engines.base import Engine
-from ..tasks.base import Task
+from ..tasks.base import Task, metric_name
 from ..types import Batch
 
 
@@ -29,5 +29,5 @@ class Evaluator:
         pending = {split: engine.eval_step(window) for split, window in self.windows.items()}
         for split, sums in pending.items():
             for name, value in self.task.metrics(sums.read()).items():
-                found[f"{split}_{name}"] = value
+                found[metric_name(split, name)] = value
         return found

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..config.durations import parse_duration
 from ..config.schema import Config
+from ..config.stages import stage_ending_at
 from ..engines.base import Engine
 from ..errors import ConfigError, Interrupted, TrainingFailed
 from ..models.base import ModelSpec
@@ -48,11 +50,12 @@ class Trainer:
         events: EventLog,
         stop: StopRequest,
         progress: Progress,
+        words: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.config, self.plan, self.engine, self.loader = config, plan, engine, loader
         self.evaluator, self.world, self.display, self.events = evaluator, world, display, events
         self.stop, self.progress = stop, progress
-        self.checkpoints = checkpoints
+        self.checkpoints, self.words = checkpoints, words
         self.items, self.best = task.items, task.best
         self.flops_per_item = spec.flops_per_item(plan.model)
         self.peak_flops = _peak_flops(world, plan)
@@ -99,9 +102,11 @@ class Trainer:
         self.checkpoints.finish()
         self.events.write("end", step=self.progress.step, **_peaks(self.world))
         self.scorecard.finish(_peaks(self.world), self.events, self.display)
+        self._sample(self.progress.step)
 
     def _pause_is_due(self, done: int) -> bool:
-        return self._evaluation_is_due(done) or self._save_is_due(done) or done == self.last_step
+        due = self._evaluation_is_due(done) or self._save_is_due(done) or self._sample_is_due(done)
+        return due or done == self.last_step
 
     def _pause(self, done: int, save: bool) -> None:
         """Between two steps: evaluate and save what is due or, with `save`, asked for. Its time is not the step's."""
@@ -111,7 +116,21 @@ class Trainer:
             self.checkpoints.save_now(self.progress, improved, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
         elif save or self._save_is_due(done) or (improved and self.config.save_on_improvement):
             self.checkpoints.save(self.progress, improved)
+        if self._sample_is_due(done):
+            self._sample(done)
         self.mark = time.perf_counter()
+
+    def _sample_is_due(self, done: int) -> bool:
+        interval = self.config.sample_interval
+        return interval != "never" and done % interval == 0 and done < self.config.max_steps
+
+    def _sample(self, done: int) -> None:
+        """Show and remember what the model writes. Collective: the number of tokens is the same on every rank."""
+        words = self.words()
+        if words is not None:
+            self.events.write("sample", step=done, text=words)
+            at_end = done >= self.config.max_steps
+            self.display.say(f"Sample{'' if at_end else f' after step {done}'}:\n{words}")
 
     def _evaluation_is_due(self, done: int) -> bool:
         interval = self.config.eval_interval
@@ -123,7 +142,7 @@ class Trainer:
         interval = self.config.save_interval
         if interval == "never":
             return False
-        if done == self.last_step:
+        if done == self.last_step or stage_ending_at(self.config, done):
             return True
         if interval == "evaluation":
             return self._evaluation_is_due(done)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 
 from torch.distributed import Store
 
+from ..checkpoint.initial import open_initial
 from ..checkpoint.model import initial_reader, parameters_only
 from ..checkpoint.pretrained import starting_reader
 from ..checkpoint.retention import Retention
@@ -66,23 +68,35 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         )
         cleanup.callback(saver.close)
         data = task.fingerprint(config)
+        words = partial(task.words, config, plan.model, lambda inputs: engine.predict(Batch({"tokens": inputs}, 1)))
         checkpoints = Checkpoints(saver, engine, config, plan, world, task, data, feed.probe, events, display)
         Trainer(
-            config, plan, spec, task, engine, feed.train, evaluator, world, checkpoints, display, events, stop, progress
+            config,
+            plan,
+            spec,
+            task,
+            engine,
+            feed.train,
+            evaluator,
+            world,
+            checkpoints,
+            display,
+            events,
+            stop,
+            progress,
+            words,
         ).train()
-        words = task.closing_words(
-            Ending(
-                config,
-                plan.model,
-                feed,
-                lambda inputs: engine.predict(Batch(inputs, 1)),
-                lambda tensor: add_over_ranks(tensor, world),
-                run,
-                world.is_main,
-            )
+        ending = Ending(
+            config,
+            plan.model,
+            feed,
+            lambda inputs: engine.predict(Batch(inputs, 1)),
+            lambda tensor: add_over_ranks(tensor, world),
+            run,
+            world.is_main,
         )
-        if words:
-            display.say(words)
+        if last := task.finish(ending):
+            display.say(last)
         display.say(f"Run folder: {run}")
 
 
@@ -103,7 +117,8 @@ def load_weights(engine: Engine, prepared: PreparedRun) -> tuple[Progress, Sourc
     if start.how == "resume":
         source: Source = open_checkpoint(start.checkpoint)  # its bytes were checked when the run was prepared
     else:
-        source = open_source(start.checkpoint, plan.model, verified=True)
+        open_it = open_initial if start.how == "weights" else open_source
+        source = open_it(start.checkpoint, plan.model, verified=True)
     if start.how == "weights":
         engine.load(parameters_only(source.read))
         return Progress(), source
@@ -131,7 +146,8 @@ def tell_start(engine: Engine, source: Source | None, plan: Plan, events: EventL
     """Say what the run goes on from, with the loss of the probe when it was saved and now. Collective."""
     if source is None:
         return
-    before, probe = source.state.get("probe_loss"), stored_probe(source.folder, task_of(plan.model))
+    before = source.state.get("probe_loss")
+    probe = stored_probe(source.folder, task_of(plan.model)) if before is not None else None
     now = probe_loss(engine, probe).read() if probe is not None else None
     world = {key: source.state.get(key) for key in ("strategy", "world_size", "precision")}
     events.write("resumed", folder=str(source.folder), step=source.step, saved_under=world, probe_loss=now,

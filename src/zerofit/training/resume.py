@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.manifest import Manifest, check_same_model
+from ..config.keys import keys
 from ..config.schema import Config
 from ..errors import CheckpointError
 from ..planning.plan import Plan
@@ -14,13 +15,14 @@ from ..planning.plan import Plan
 #: Keys that a resumed run may set anew: duration, learning rate, intervals, batch split, strategy, hardware, names.
 #: The whole batch and the data are compared as what they come to, not as they were written.
 MAY_CHANGE = (
-    "name", "runs_dir", "data.path", "data.prepare", "data.val_fraction", "data.num_workers", "data.prefetch_factor",
-    "data.pin_memory", "data.max_bad_fraction", "model.init_from", "model.pretrained",
+    "name", "runs_dir", "init_from", "data.path", "data.prepare", "data.val_fraction", "data.num_workers",
+    "data.prefetch_factor", "data.pin_memory", "data.max_bad_fraction", "model.weights_from", "model.pretrained",
+    "data.sources.*.path", "data.sources.*.prepare", "data.split", "data.text_key", "data.subset", "data.errors",
     "max_steps", "duration", "optimizer.learning_rate", "optimizer.cpu_kernel", "optimizer.state", "optimizer.master",
     "schedule.*", "early_stopping.*", "ema_decay",
     "eval_*", "log_*", "save_*", "keep_*", "sample_*",
     "global_batch", "micro_batch", "accumulation_steps",
-    "strategy", "offload", "offload_parameters", "nvme_path", "zero.*", "loss_scale.*",
+    "strategy", "offload", "offload_parameters", "nvme_path", "zero.*", "fsdp.*", "loss_scale.*",
     "num_gpus", "device", "precision", "gradient_dtype", "activation_checkpointing", "compile", "compile_mode",
     "deterministic", "collective_timeout_seconds",
 )  # fmt: skip
@@ -46,6 +48,8 @@ def check_resumable(folder: Path, manifest: Manifest, config: Config, plan: Plan
     _refuse_another(folder, "global_batch", state["global_batch"], plan.global_batch)
     before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".kind"), key)):
+        if key not in before and key in keys() and now[key] == keys()[key].plain_default:
+            continue  # an older version had no such setting
         if not may_change(key) and before.get(key) != now.get(key):
             _refuse_another(folder, key, before.get(key), now.get(key))
     for split, found in data.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..config.schema import Config, ScheduleConfig
+from ..config.stages import span_at
 
 #: ``one_cycle`` starts at this share of the peak, and rises over this share of the steps (torch's OneCycleLR).
 ONE_CYCLE_START, ONE_CYCLE_RISE = 1 / 25, 0.3
@@ -23,10 +24,12 @@ def learning_rate(config: Config, step: int) -> float:
       "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations", section 3);
     * ``one_cycle``: as cosine, after a rise by half a cosine from a 25th of the peak (Smith & Topin 2018);
 
-    and the minimum from there on. ``constant`` stays at the peak.
+    and the minimum from there on. ``constant`` stays at the peak. A stage may have a peak of its own, and a schedule
+    that counts from its start.
     """
-    schedule, peak = config.schedule, config.optimizer.learning_rate
-    end = schedule.decay_steps or config.max_steps
+    span = span_at(config, step)
+    schedule, peak, step = span.schedule, span.learning_rate, step - span.schedule_start
+    end = schedule.decay_steps or span.schedule_steps
     warmup = _warmup_steps(schedule, end)
     if step < warmup:
         return peak * _rise(schedule, step, warmup)

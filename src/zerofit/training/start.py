@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from rich.console import Console
 
 from ..checkpoint import retention
-from ..checkpoint.manifest import check_same_model, read_manifest, step_name
+from ..checkpoint.initial import locate_initial
+from ..checkpoint.manifest import MANIFEST, check_same_model, read_manifest, step_name
 from ..config.arguments import Request
 from ..config.durations import parse_duration
 from ..config.image_models import ImageModelShape
 from ..config.load import COMMAND_LINE, DEFAULT, ResolvedConfig
 from ..config.models import HuggingFaceConfig
 from ..config.schema import Config
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DataError
 from ..planning.candidates import checkpoint_bytes as kept_checkpoint_bytes
 from ..planning.choose import Choice, choose
 from ..planning.explain import print_choice
@@ -27,7 +28,9 @@ from ..planning.huggingface import completed
 from ..planning.optimizer_states import checkpoint_bytes_a_parameter
 from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
+from ..planning.translation import print_translation
 from ..tasks import task_of
+from .initial_model import NO_WEIGHTS, with_initial_model
 from .lock import RunLock, acquire_run
 from .resume import check_resumable
 from .run_folder import choose_folder, write_run_folder
@@ -125,9 +128,15 @@ def with_data(resolved: ResolvedConfig, console: Console) -> ResolvedConfig:
             "GPT-2's weights train as model.kind gpt2."
         )
     task = task_of(resolved.config.model)
-    task.prepare(resolved.config, lambda text: _say(console, text))
-    resolved = with_model_of_data(resolved)
-    task.check(resolved.config)
+    try:
+        task.prepare(resolved.config, lambda text: _say(console, text))
+        resolved = with_model_of_data(resolved)
+        for note in task.check(resolved.config):
+            _say(console, note)
+    except DataError as error:
+        if not resolved.config.data.sources:
+            raise
+        raise DataError(f"{resolved.origins['data.sources']}: {error}") from error
     return resolved
 
 
@@ -144,7 +153,8 @@ def with_model_of_data(resolved: ResolvedConfig) -> ResolvedConfig:
     if not decided:
         return resolved
     origins = {**resolved.origins, **{f"model.{name}": f"data {config.data.path}" for name in decided}}
-    return ResolvedConfig(config.model_copy(update={"model": config.model.model_copy(update=decided)}), origins)
+    model = config.model.model_copy(update=decided)
+    return replace(resolved, config=config.model_copy(update={"model": model}), origins=origins)
 
 
 def make_plan(config: Config, console: Console) -> tuple[Choice, Hardware]:
@@ -183,9 +193,10 @@ def with_duration(resolved: ResolvedConfig, plan: Plan) -> ResolvedConfig:
             f"duration {config.duration} ({origins['duration']}) comes to {steps:,} steps, and max_steps says "
             f"{config.max_steps:,} ({origins['max_steps']}). A run has one length: keep one of the two."
         )
-    return ResolvedConfig(
-        config.model_copy(update={"max_steps": steps}),
-        {**origins, "max_steps": f"duration {config.duration}"},
+    return replace(
+        resolved,
+        config=config.model_copy(update={"max_steps": steps}),
+        origins={**origins, "max_steps": f"duration {config.duration}"},
     )
 
 
@@ -194,8 +205,10 @@ def without_overruled_duration(resolved: ResolvedConfig) -> ResolvedConfig:
     config, origins = resolved.config, resolved.origins
     if config.duration is None or _level(origins["max_steps"]) <= _level(origins["duration"]):
         return resolved
-    return ResolvedConfig(
-        config.model_copy(update={"duration": None}), {**origins, "duration": f"overruled: {origins['max_steps']}"}
+    return replace(
+        resolved,
+        config=config.model_copy(update={"duration": None}),
+        origins={**origins, "duration": f"overruled: {origins['max_steps']}"},
     )
 
 
@@ -214,11 +227,15 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
         DoesNotFit: nothing fits (exit code 3).
     """
     console = Console()
-    _refuse_two_starts(request)
+    if resolved.config.init_from == "resume" and request.resume is None:
+        request = replace(request, resume="latest")
+    _refuse_two_starts(request, resolved)
     folder = choose_folder(resolved, request.default_name, request.resume)
+    resolved = with_initial_model(resolved, resumed=(folder, request.resume) if request.resume else None)
     resolved = with_data(without_overruled_duration(resolved), console)
     choice, hardware = make_plan(resolved.config, console)
     resolved = with_duration(resolved, choice.plan)
+    print_translation(console, resolved.notes, resolved.config, choice.plan)
     lock = None if request.dry_run else acquire_run(folder)
     try:
         if lock is not None:
@@ -236,7 +253,13 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
     return PreparedRun(folder, choice.plan, start, lock)
 
 
-def _refuse_two_starts(request: Request) -> None:
+def _refuse_two_starts(request: Request, resolved: ResolvedConfig) -> None:
+    if request.load_checkpoint is not None and resolved.config.init_from != "scratch":
+        raise ConfigError(
+            f"{resolved.origins['init_from']}: init_from {resolved.config.init_from} and --load-checkpoint "
+            f"{request.load_checkpoint} both name where the run starts from. Use one of them (--init-from scratch "
+            f"turns the first off)."
+        )
     if request.weights_only and request.load_checkpoint is None:
         raise ConfigError(
             "--weights-only was given without --load-checkpoint, and it says how much of that checkpoint to take. A "
@@ -263,6 +286,8 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
         CheckpointError: there is none, none is whole, or it is of something else.
     """
     start = start_of(request)
+    if start.how == "fresh" and config.init_from not in NO_WEIGHTS:
+        start = Start("weights", locate_initial(config.init_from))
     if request.resume is not None:
         found = retention.find_whole(folder, request.resume)
         for skipped in found.skipped:
@@ -275,10 +300,10 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
             _say(console, f"Step {manifest.step} of {config.max_steps} is done; raise --max-steps to train on.")
         return Start("resume", found.folder)
     if start.checkpoint is not None:
+        from ..checkpoint.initial import open_initial
         from ..checkpoint.source import open_source
-        from ..checkpoint.store import Saved
 
-        source = open_source(start.checkpoint, plan.model)
+        source = (open_initial if start.how == "weights" else open_source)(start.checkpoint, plan.model)
         check_same_model(source.folder, source.shapes(), plan.model)
         if start.how == "load":
             _refuse_another_optimizer(source.folder, source.state, config)
@@ -289,16 +314,37 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
             )
         for note in source.notes if start.how == "load" else ():
             _say(console, note)
+        if start.how == "weights":
+            _say(console, f"Weights from {start.checkpoint}, with a fresh optimizer.")
+            _warn_of_another_vocabulary(config, console)
         # Of another tool's folder the ranks look at all that lies there, as was done here.
-        return Start(start.how, source.folder if isinstance(source, Saved) else start.checkpoint)
+        return Start(start.how, source.folder if (source.folder / MANIFEST).is_file() else start.checkpoint)
     model = plan.model
-    if isinstance(model, ImageModelShape) and (model.pretrained or model.init_from is not None):
+    if isinstance(model, ImageModelShape) and (model.pretrained or model.weights_from is not None):
         from ..checkpoint.pretrained import starting_weights
 
         lacking = model.parameter_shapes().keys() - (starting_weights(model) or {}).keys()
         afresh = f"; {', '.join(sorted(lacking))} start afresh" if lacking else ""
-        _say(console, f"Weights from {model.init_from or 'torchvision'}{afresh}.")
+        _say(console, f"Weights from {model.weights_from or 'torchvision'}{afresh}.")
     return start
+
+
+def _warn_of_another_vocabulary(config: Config, console: Console) -> None:
+    """Weights and data of vocabularies that differ fit by their numbers, and mean other text."""
+    decided = task_of(config.model).decided_by_data(with_open_vocabulary(config)).get("vocab_size")
+    wanted = getattr(config.model, "vocab_size", None)
+    if decided is not None and decided != wanted:
+        _say(
+            console,
+            f"Warning: the weights' vocabulary has {wanted} tokens and the data's {decided}. If another tokenizer made "
+            f"the data, its ids mean other text than they meant to these weights: prepare it with theirs.",
+            style="yellow",
+        )
+
+
+def with_open_vocabulary(config: Config) -> Config:
+    """The configuration as if it left the vocabulary to its data."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": None})})
 
 
 def _refuse_another_optimizer(folder: Path, state: Mapping[str, Any], config: Config) -> None:

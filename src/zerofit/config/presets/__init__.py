@@ -22,6 +22,8 @@ def preset_text(name: str) -> str:
         ConfigError: there is no such preset; the message names the nearest one and lists all.
     """
     name = name.replace("-", "_")
+    turned = "_".join(reversed(name.split("_")))  # 7b_mamba, as older scripts have it
+    name = turned if name not in preset_names() and turned in preset_names() else name
     if name not in preset_names():
         found = nearest(name, preset_names())
         guess = f"did you mean {found}? " if found else ""

@@ -1,22 +1,50 @@
-"""From text to ``train.bin``, ``val.bin``, ``meta.json`` (and nanoGPT's ``meta.pkl``)."""
+"""From text to ``train.bin``, ``val.bin``, ``meta.json`` (and nanoGPT's ``meta.pkl``).
+
+::
+
+    train.bin  val.bin                        tokens, uint16 or uint32, as nanoGPT writes them
+    train_documents.bin  val_documents.bin    uint64: the token with which each document starts
+    meta.json                                 type, vocabulary, tokenizer, counts, and the request
+    meta.pkl                                  vocab_size, and of characters stoi and itos, for nanoGPT's scripts
+    tokenizer.json                            of a Hugging Face tokenizer: its own file
+
+One process reads, many tokenise, and the files grow in the order of the text, so that the result depends on neither the
+number of processes nor on interruptions. What was finished before a kill is kept in ``NAME.partial``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from ...config.schema import DataConfig
 from ...errors import DataError
-from ..tokenizers import CharTokenizer, Tokenizer, make_tokenizer
-from ..tokens import META, SPLITS, dtype_for, read_meta
-from .sources import Piece, Pieces, open_source
+from ..metadata import META, NANOGPT_META, SCAN, dtype_for, read_meta
+from ..tokenizers import (
+    TOKENIZER_FILE,
+    CharTokenizer,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    find_tokenizer,
+)
+from ..tokens import SPLITS, largest_of
+from .encode import available_cores, chunks, encode_all
+from .pieces import Tally
+from .progress import Meter, meter
+from .shards import JOURNAL, Plan, Shards
+from .sources import Corpus, Reading, Subset, open_source
+
+#: Settings that older folders do not name, with what they then were.
+_FORMER_DEFAULTS = {"split": "tail", "text_key": "text", "subset": None, "errors": "strict"}
 
 
 @dataclass(frozen=True)
@@ -30,11 +58,18 @@ class Prepared:
     tokenizer: str
     made_now: bool
     """False when the folder held the same already."""
+    documents: dict[str, int] | None = None
+    """Split -> documents in it, one across the border in both; None in folders of an older version."""
+    document_count: int | None = None
+    notes: tuple[str, ...] = ()
+    """What people should hear: skipped documents, cuts."""
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for people, and one for each note."""
         counts = ", ".join(f"{self.tokens[split]:,} {split} tokens" for split in SPLITS)
-        return f"{self.folder}: {counts}, vocabulary {self.vocab_size:,} ({self.tokenizer})"
+        documents = f", {self.document_count:,} documents" if self.document_count else ""
+        line = f"{self.folder}: {counts}{documents}, vocabulary {self.vocab_size:,} ({self.tokenizer})"
+        return "\n".join((line, *self.notes))
 
 
 def is_prepared(folder: Path) -> bool:
@@ -42,40 +77,57 @@ def is_prepared(folder: Path) -> bool:
     return all((folder / f"{split}.bin").exists() for split in SPLITS)
 
 
-def prepare(config: DataConfig, *, force: bool = False) -> Prepared:
-    """Tokenise ``config.prepare`` into ``config.path``; the last ``val_fraction`` of the text validates.
+def prepare(
+    config: DataConfig, *, force: bool = False, workers: int | None = None, console: Console | None = None
+) -> Prepared:
+    """Tokenise ``config.prepare`` into ``config.path``.
 
-    Idempotent: the same request on a folder that holds its result changes nothing. Files appear under their names
-    only when all are complete.
+    Idempotent: the same request on a folder that holds its result changes nothing, and after a kill it goes on. Files
+    appear under their names only when all are complete.
+
+    Args:
+        config: sources, tokenizer and split.
+        force: write over a folder that holds something else, and begin anew.
+        workers: processes that tokenise; None: one a core. The result does not depend on it.
+        console: where a progress bar goes.
 
     Raises:
         DataError: no text, unreadable text, or a folder that holds something else (unless `force`).
+        MissingDependency: an optional package is needed.
     """
-    request = {"sources": list(config.prepare), "tokenizer": config.tokenizer, "val_fraction": config.val_fraction}
+    request = _request(config)
     if not config.prepare:
-        raise DataError("Nothing to prepare: name `shakespeare`, `python-docs`, or .txt and .jsonl files.")
+        raise DataError("Nothing to prepare: name `shakespeare`, `openwebtext`, or .txt, .jsonl and .parquet files.")
     if is_prepared(config.path) and not force:
         return _already_there(config.path, request)
-    pieces = open_source(config.prepare)
-    characters, alphabet = _survey(pieces)
-    if characters == 0:
-        raise DataError(f"{', '.join(config.prepare)}: the text is empty. Nothing was written.")
-    tokenizer = make_tokenizer(config.tokenizer, alphabet)
+    tokenizer = find_tokenizer(config.tokenizer)
+    workers = workers or available_cores()
+    reading = Reading(config.text_key, config.errors, Subset.of_text(config.subset), workers)
+    corpus = open_source(config.prepare, reading)
     work = config.path.with_name(config.path.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    tokens = _write_splits(work, pieces, tokenizer, characters - int(characters * config.val_fraction))
-    meta = {
-        "format": 1,
-        "dtype": dtype_for(tokenizer.vocab_size).name,
-        "vocab_size": tokenizer.vocab_size,
-        "tokens": tokens,
-        **tokenizer.describe(),
-        "request": request,
+    with _only_one(config.path), meter(console, corpus.total_bytes) as bar:
+        if force:
+            shutil.rmtree(work, ignore_errors=True)
+        if tokenizer is None:
+            tokenizer = CharTokenizer.of_text(_alphabet(corpus, bar))
+        try:
+            prepared = _tokenise(config, request, corpus, tokenizer, work, workers, bar)
+        except OSError as error:
+            raise DataError(
+                f"{work} could not be written ({error}). Make room, or prepare into another folder (--out). What is "
+                f"finished is kept: the same command goes on where it stopped."
+            ) from error
+    return prepared
+
+
+def _request(config: DataConfig) -> dict[str, Any]:
+    """What the result depends on. Settings at their former defaults are left out, as older folders do."""
+    request: dict[str, Any] = {
+        "sources": list(config.prepare), "tokenizer": config.tokenizer, "val_fraction": config.val_fraction,
+    }  # fmt: skip
+    return request | {
+        key: getattr(config, key) for key, former in _FORMER_DEFAULTS.items() if getattr(config, key) != former
     }
-    _write_meta(work, meta, tokenizer)
-    _publish(work, config.path)
-    return Prepared(config.path, tokens, tokenizer.vocab_size, tokenizer.name, made_now=True)
 
 
 def _already_there(folder: Path, request: dict[str, Any]) -> Prepared:
@@ -85,57 +137,124 @@ def _already_there(folder: Path, request: dict[str, Any]) -> Prepared:
             f"{folder} holds tokens made from {meta.get('request', 'something else')}, and {request} was asked for. "
             f"Prepare into another folder (--out), or write over it with --force."
         )
-    return Prepared(folder, meta["tokens"], meta["vocab_size"], meta["tokenizer"], made_now=False)
+    documents, count = meta.get("documents"), meta.get("document_count")
+    return Prepared(folder, meta["tokens"], meta["vocab_size"], meta["tokenizer"], False, documents, count)
 
 
-def _survey(pieces: Pieces) -> tuple[int, set[str]]:
-    """Characters in all pieces, and which ones: the split and a character vocabulary need both beforehand."""
-    count, alphabet = 0, set[str]()
-    for piece in pieces():
-        count += len(piece.text)
-        alphabet.update(piece.text)
-    return count, alphabet
+def _alphabet(corpus: Corpus, bar: Meter) -> Iterator[str]:
+    """The characters of all text: a character vocabulary needs them before the first token."""
+    bar.phase("Reading characters")
+    tally, seen = Tally(), np.zeros(0x110000, dtype=bool)
+    for piece in corpus.read(tally):
+        seen[np.frombuffer(piece.text.encode("utf-32-le"), dtype=np.uint32)] = True
+        bar.show(tally, 0)
+    return map(chr, np.flatnonzero(seen).tolist())
 
 
-def _write_splits(folder: Path, pieces: Pieces, tokenizer: Tokenizer, train_characters: int) -> dict[str, int]:
-    dtype = dtype_for(tokenizer.vocab_size)
-    tokens = dict.fromkeys(SPLITS, 0)
-    with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
-        files: dict[str, IO[bytes]] = {"train": train, "val": val}
-        for split, piece in _split(pieces(), train_characters):
-            ids = tokenizer.encode(piece.text).astype(dtype)
-            if piece.ends and tokenizer.end_of_text is not None:
-                ids = np.append(ids, dtype.type(tokenizer.end_of_text))
-            files[split].write(ids.tobytes())
-            tokens[split] += len(ids)
-    return tokens
-
-
-def _split(pieces: Iterator[Piece], train_characters: int) -> Iterator[tuple[str, Piece]]:
-    """The pieces with the split that each belongs to; the one across the border is cut."""
-    seen = 0
-    for piece in pieces:
-        room = min(max(train_characters - seen, 0), len(piece.text))
-        if room == len(piece.text):
-            yield "train", piece
-        else:
-            if room:
-                yield "train", Piece(piece.text[:room], ends=True)
-            yield "val", Piece(piece.text[room:], piece.ends)
-        seen += len(piece.text)
+def _tokenise(
+    config: DataConfig,
+    request: dict[str, Any],
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    work: Path,
+    workers: int,
+    bar: Meter,
+) -> Prepared:
+    bar.phase("Tokenising")
+    tally, dtype = Tally(), dtype_for(tokenizer.vocab_size)
+    identity = {"request": request, "files": [list(file) for file in corpus.identity], **tokenizer.describe()}
+    with Shards(work, identity, Plan(config.split, config.val_fraction, dtype)) as shards:
+        begun = shards.chunks
+        source = shards.skip(chunks(corpus.read(tally)))
+        for number, (chunk, encoded) in enumerate(encode_all(tokenizer, source, workers)):
+            if begun and number == 0:
+                bar.count_from(tally.characters)
+            shards.add(chunk, encoded)
+            bar.show(tally, sum(shards.tokens.values()))
+        if tally.characters == 0:
+            shutil.rmtree(work)
+            empty = f" ({tally.empty:,} empty documents)" if tally.empty else ""
+            raise DataError(f"{', '.join(config.prepare)}: the text is empty{empty}. Nothing was written.")
+        shards.finish()
+        tokens, documents = dict(shards.tokens), dict(shards.starts)
+    notes = tally.notes()
+    if begun:
+        notes.insert(0, f"An earlier preparation was interrupted; {begun:,} of its chunks were kept.")
+    elif shards.discarded:
+        notes.insert(0, f"An interrupted preparation of other text or with other settings in {work} was discarded.")
+    meta = {
+        "format": 2,
+        "dtype": dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "tokens": tokens,
+        "documents": documents,
+        "document_count": tally.documents,
+        "empty_documents": tally.empty,
+        "characters": tally.characters,
+        "end_of_text_token": tokenizer.end_of_text,
+        **tokenizer.describe(),
+        "request": request,
+    }
+    _write_meta(work, meta, tokenizer)
+    (work / JOURNAL).unlink()
+    _publish(work, config.path)
+    for split in SPLITS:
+        largest_of(config.path, split)  # so that no start has to read the files
+    return Prepared(
+        config.path, tokens, tokenizer.vocab_size, tokenizer.name, True, documents, tally.documents, tuple(notes)
+    )
 
 
 def _write_meta(folder: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
     (folder / META).write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf-8")
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        (folder / TOKENIZER_FILE).write_text(tokenizer.definition, encoding="utf-8")
+    if tokenizer.name == "gpt2":
+        return  # nanoGPT takes a folder without it for GPT-2's encoding
+    old: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
     if isinstance(tokenizer, CharTokenizer):
-        # nanoGPT's sample.py reads this; zerofit itself never unpickles it.
         numbered = dict(enumerate(tokenizer.characters))
-        old = {"vocab_size": tokenizer.vocab_size, "itos": numbered, "stoi": {c: i for i, c in numbered.items()}}
-        (folder / "meta.pkl").write_bytes(pickle.dumps(old))
+        old |= {"itos": numbered, "stoi": {c: i for i, c in numbered.items()}}
+    (folder / NANOGPT_META).write_bytes(pickle.dumps(old))
 
 
 def _publish(work: Path, folder: Path) -> None:
+    """Move the files to their folder; ``meta.json`` last, and nothing of what lay there before stays beside them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file in work.iterdir():
-        file.replace(folder / file.name)
+    names = sorted((file.name for file in work.iterdir()), key=lambda name: name == META)
+    for old in (META, NANOGPT_META, TOKENIZER_FILE, SCAN):
+        (folder / old).unlink(missing_ok=True)
+    for name in names:
+        (work / name).replace(folder / name)
     work.rmdir()
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Refuse to prepare a folder that another process is preparing.
+
+    Raises:
+        DataError: another one is.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: a file that is open there cannot be removed by another one anyway
+        yield
+        return
+    lock = folder.with_name(f".{folder.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written to ({error}). Mend its permissions, or choose another folder."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"{folder} is being prepared by another process. Wait for it, or prepare into another folder (--out)."
+            ) from error
+        yield
+        lock.unlink(missing_ok=True)
