@@ -30,7 +30,7 @@ from zerofit.types import Batch, StepResult, World
 #: Four pixels are left before the head, and a block starts as the identity: a small batch's statistics are tame then.
 MODEL = ResNetConfig(layers=18, base_width=4, num_classes=5, input_size=64, zero_init_residual=True)
 SAMPLES, MICRO, STEPS, LR = 16, 4, 3, 1e-2
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 
 def make_plan(strategy: str, ranks: int, **fields: Any) -> Plan:

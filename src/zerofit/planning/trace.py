@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..config.schema import Precision
 from ..models.base import ModelSpec
-from .template import BACKWARD, FORWARD, Event, Template
+from .template import BACKWARD, FORWARD, Event, Template, name_of
 from .trace_compiled import stand_in
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -371,10 +371,10 @@ def _first(value: Any) -> Tensor:
 
 
 def _block_name(model: nn.Module, blocks: Sequence[nn.Module], alike: bool) -> str:
-    """With ``{}`` for the number; empty where blocks differ and are traced one by one under their own names."""
-    if not alike:
-        return ""
+    """With ``{}`` for the number; where blocks differ all names, see `template.name_of`."""
     names = {module: name for name, module in model.named_modules()}
+    if not alike:
+        return "|".join(names[block] for block in blocks)
     pattern = re.sub(r"\d+$", "{}", names[blocks[0]])
     if any(names[block] != pattern.format(index) for index, block in enumerate(blocks)):
         raise TraceError("the blocks' names do not count from 0")
@@ -431,9 +431,7 @@ class _Cutter:
         return which, 2, home - position, number
 
     def _general(self, name: str, position: int) -> str:
-        if not self.block_name:
-            return name
-        prefix = self.block_name.format(position - 1) + "."
+        prefix = name_of(self.block_name, position) + "."
         return "@." + name.removeprefix(prefix) if name.startswith(prefix) else name
 
 
