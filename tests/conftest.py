@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 import pytest
+
+#: Triton's kernels run under its interpreter where there is no NVIDIA GPU; it reads this when it is first imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 #: What zerofit keeps for its user: tests neither read nor write it. One folder for all, so that a trace is made once.
 USER_FOLDERS = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")

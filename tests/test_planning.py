@@ -131,10 +131,6 @@ def test_auto_turns_compile_off_where_it_gives_wrong_gradients() -> None:
     wish = config(XL, global_batch=8, compile=True, activation_checkpointing="full")
     assert choose(wish, machine(8, 8)).plan.strategy == "fsdp2"
     assert choose(wish, machine(8, 8)).plan.compile
-    graphs = choose(
-        wish.model_copy(update={"compile_mode": "reduce-overhead"}), machine(8, 8, host_memory_bytes=256 * GIB)
-    )
-    assert graphs.plan.strategy != "fsdp2"
     choice = choose(wish, machine(8, 5, host_memory_bytes=256 * GIB))
     assert (choice.plan.strategy, choice.plan.offload) == ("zero3", "cpu")
     assert not choice.plan.compile

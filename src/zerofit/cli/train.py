@@ -10,7 +10,7 @@ import typer
 
 from ..config.arguments import Request, parse_arguments
 from ..config.load import load_config
-from ..errors import ConfigError
+from ..errors import ConfigError, Interrupted
 from .presets import preset_table
 
 IMAGE_FOLDER = Path("data/train")
@@ -32,7 +32,8 @@ def run_train(arguments: Sequence[str]) -> None:
     prepared = prepare_run(resolved, request)
     if prepared is not None:
         code = launch_run(prepared)
-        _draw_curves(prepared.folder)
+        if code in (0, Interrupted.exit_code):
+            _draw_curves(prepared.folder)
         raise typer.Exit(code)
 
 

@@ -358,17 +358,13 @@ class Config(Section):
                 "strategy zero3 with compile true: torch.compile traces DeepSpeed's gathering hooks, and on GPUs the "
                 "gradients came out wrong (measured: docs/experiments.md); use compile false, or strategy zero2"
             )
-        if self.strategy == "fsdp2" and self.replays_graphs:
+        if self.compile and self.compile_mode == "reduce-overhead":
             raise ValueError(
-                "strategy fsdp2 with compile_mode reduce-overhead: CUDA graphs replay at the addresses that they were "
-                "recorded with, and FSDP2 gathers parameters at new ones; use compile_mode default, or strategy zero2"
+                "compile_mode reduce-overhead: it records each compiled unit as a CUDA graph, and those of blocks that "
+                "are compiled one by one overwrite each other's outputs (torch 2.11 on an H200: docs/experiments.md); "
+                "use compile_mode default"
             )
         return self
-
-    @property
-    def replays_graphs(self) -> bool:
-        """True when compiled units are recorded as CUDA graphs."""
-        return self.compile and self.compile_mode == "reduce-overhead"
 
 
 def _check_data(config: Config) -> None:

@@ -21,9 +21,10 @@ numbers are Philox 4x32-7 (Salmon et al. 2011) of (seed; element, step, stream):
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -252,8 +253,10 @@ def step(
         first: number of the first element, for the random numbers.
     """
     if weights.device.type == "cuda" and (kernel := _triton_kernel()) is not None:
-        kernel(rule, gradient, weights, moments, figures, lr, weight_decay, seed, stream, first)
-        return
+        dtypes = gradient.dtype, weights.dtype, moments[0].values.dtype
+        if _kernel_agrees(kernel, rule, weights.device, *dtypes):
+            kernel(rule, gradient, weights, moments, figures, lr, weight_decay, seed, stream, first)
+            return
     for start in range(0, weights.numel(), REFERENCE_ELEMENTS):
         stop = min(start + REFERENCE_ELEMENTS, weights.numel())
         parts = tuple(moment.part(start, stop) for moment in moments)
@@ -278,6 +281,37 @@ def _triton_kernel():  # type: ignore[no-untyped-def]
         )
         return None
     return kernel
+
+
+@cache
+def _kernel_agrees(
+    kernel: Any, rule: Rule, device: torch.device, gradient_dtype: torch.dtype, dtype: torch.dtype, kept: torch.dtype
+) -> bool:
+    """Two steps of the kernel against the reference, once."""
+    from .triton_use import agrees
+
+    n, random = 5 * BLOCK + 100, torch.Generator(device).manual_seed(0)
+    gradients, start = (torch.randn(*shape, generator=random, device=device) for shape in ((2, n), (n,)))
+    state: StateType = "fp32" if kept == torch.float32 else "bf16" if kept == torch.bfloat16 else "8bit"
+
+    def run(one_step: Callable[..., None]) -> list[Tensor]:
+        weights = start.to(dtype)
+        means = tuple(Moment(n, state, signed, device) for signed in rule.signed_moments)
+        for t, gradient in enumerate(gradients.to(gradient_dtype)):
+            one, zero = torch.ones((), device=device), torch.zeros((), device=device)
+            figures = Figures.of(rule, one * (t + 1), 2 * one, zero)
+            one_step(rule, gradient, weights, means, figures, 0.1, 0.1, 7, 3, 2**33)
+        return [weights, *(mean.read(0, n) for mean in means)]
+
+    def reference(rule: Rule, gradient: Tensor, weights: Tensor, means: Any, figures: Figures, *rest: Any) -> None:
+        _reference(rule, gradient, weights, means, figures.packed, *rest)
+
+    return agrees(
+        "the optimizer's step",
+        lambda: run(kernel),
+        lambda: run(reference),
+        "dozens of PyTorch operations take its place, many times slower",
+    )
 
 
 def _reference(

@@ -261,7 +261,6 @@ def _within_wishes(config: Config, rung: Rung) -> bool:
         config.strategy in ("auto", rung.strategy)
         and config.offload in ("auto", rung.offload)
         and config.offload_parameters in ("auto", rung.offload_parameters)
-        and not (rung.strategy == "fsdp2" and config.replays_graphs)  # see Config: gathered at new addresses
     )
 
 
