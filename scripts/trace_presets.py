@@ -13,11 +13,15 @@ from importlib.resources import files
 import yaml
 from pydantic import TypeAdapter
 
-from zerofit.config.models import ModelConfig
+from zerofit.config.images import ImageDataConfig
+from zerofit.config.load import load_config
+from zerofit.config.models import ModelConfig, ResNetConfig
 from zerofit.planning import store
+from zerofit.planning.candidates import checkpointings
 from zerofit.planning.plan import Plan
 from zerofit.planning.store import TraceKey, trace_key
 
+IMAGE_PRESETS = ("animals90",)
 PRESETS = (
     *("gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "shakespeare_char"),
     *("mamba_130m", "mamba_370m", "mamba_790m", "mamba_1_4b", "mamba_2_8b"),
@@ -37,10 +41,33 @@ def main() -> None:
         print(f"{path.name}: {path.stat().st_size:,} bytes")
 
 
+def image_keys() -> Iterator[tuple[str, Plan, TraceKey]]:
+    """Of the image presets: on GPUs in half precision, eager, with none and every n-th block recomputed."""
+    for preset in IMAGE_PRESETS:
+        config = load_config(None, preset).config
+        assert isinstance(config.model, ResNetConfig)
+        assert isinstance(config.data, ImageDataConfig)
+        model = config.model.model_copy(update={"input_size": config.data.image_size})
+        plan = Plan(
+            model=model,
+            parameters=model.parameter_count(),
+            strategy="single",
+            device="cuda",
+            world_size=1,
+            micro_batch=1,
+            accumulation_steps=1,
+            precision="bf16",
+        )
+        for every in sorted({way.every for way in checkpointings(config)}):
+            changed = plan.model_copy(update={"activation_checkpointing_every": every})
+            yield preset, changed, trace_key(changed, recompute=every > 0)
+
+
 def shipped_keys() -> Iterator[tuple[str, Plan, TraceKey]]:
     """(preset, plan, key) of every trace that is shipped: the presets' models, on GPUs in half precision, eager and
     compiled; those that are meant for CPUs, there in fp32. Each with every way of recomputation that it has; compiled
     blocks are recomputed whole."""
+    yield from image_keys()
     for preset in PRESETS:
         text = files("zerofit.config.presets").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
         shape = {"vocab_size": SHAKESPEARE_CHARACTERS, **yaml.safe_load(text)["model"]}

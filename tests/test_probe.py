@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zerofit.config.models import GPT2Config
-from zerofit.engines.common import evaluate_window
+from zerofit.engines.common import Inputs, evaluate_window
 from zerofit.models.gpt2 import SPEC
 from zerofit.types import Batch, World
 
@@ -27,10 +27,11 @@ def test_a_batch_of_another_shape_does_not_compile() -> None:
     before = len(compiled)
     assert before > 0
     world, batch = World(0, 1, 0, torch.device("cpu")), Batch({"tokens": tokens[:, :4], "targets": tokens[:, :4]}, 4)
-    plain = evaluate_window(model, [batch], world, compiled=False).read()["loss"].mean
+    inputs = Inputs(world.device)
+    plain = evaluate_window(model, [batch], world, inputs, compiled=False).read()["loss"].mean
     assert len(compiled) == before
     assert all(unit._compiled_call_impl is not None for unit in SPEC.compiled_units(model))
     model(tokens, tokens)["loss"].backward()
     assert len(compiled) == before
-    assert abs(plain - evaluate_window(model, [batch], world).read()["loss"].mean) < 1e-5
+    assert abs(plain - evaluate_window(model, [batch], world, inputs).read()["loss"].mean) < 1e-5
     assert len(compiled) > before  # as it would have without

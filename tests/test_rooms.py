@@ -13,6 +13,7 @@ SNIPPETS = {
     "parse arguments": "from zerofit.config.arguments import parse_arguments; parse_arguments(['--seed', '1'])",
     "help": "from zerofit.cli.main import load_verb; load_verb('train'); load_verb('plan'); load_verb('presets')",
     "prepare a run": "import zerofit.training.start",
+    "prepare pictures": "import zerofit.cli.data, zerofit.data.prepare.images, zerofit.data.images.dataset",
 }
 
 

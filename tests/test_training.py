@@ -16,6 +16,7 @@ from zerofit.config.models import GPT2Config
 from zerofit.config.schema import Config, DataConfig, LossScaleConfig, OptimizerConfig, ScheduleConfig
 from zerofit.engines.loss_scale import LossScaler
 from zerofit.planning.plan import Plan
+from zerofit.tasks.language_modeling import TASK
 from zerofit.tasks.sampling import generate
 from zerofit.training import checkpoints
 from zerofit.training.events import EventLog, read_events
@@ -126,7 +127,7 @@ def test_a_full_disk_pauses_saving_and_is_told_once(rank: int, tmp_path: Path, m
                 accumulation_steps=1, precision="fp32")  # fmt: skip
     world = World(rank, 2, rank, torch.device("cpu"))
     probe = Batch({}, 1)
-    own = checkpoints.Checkpoints(disk, engine, config, plan, world, {}, probe, log, SilentDisplay())  # type: ignore[arg-type]
+    own = checkpoints.Checkpoints(disk, engine, config, plan, world, TASK, {}, probe, log, SilentDisplay())  # type: ignore[arg-type]
     assert own.wishes() == 0
     for step in (1, 2):
         assert not own.save(Progress(step=step), best=False)

@@ -152,7 +152,7 @@ def _write_tokenizer(job: Job, folder: Path) -> str:
     if own.is_file():
         write_bytes(folder / own.name, own.read_bytes())
         ending = {"eos_token": meta["end_of_text"]} if meta.get("end_of_text") else {}
-        kept = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": job.model.sequence_length}
+        kept = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": job.model.items_per_sample}
         write_json(folder / "tokenizer_config.json", kept | ending)
         return f"The tokenizer of {data} was written."
     if kind != "gpt2":
@@ -169,7 +169,7 @@ def _write_tokenizer(job: Job, folder: Path) -> str:
         write_bytes(folder / name, content or b"")
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": job.model.sequence_length,
+        "model_max_length": job.model.items_per_sample,
         "add_prefix_space": False,
     }
     end = "<|endoftext|>"

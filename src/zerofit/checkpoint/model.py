@@ -19,14 +19,14 @@ from .source import Source
 
 
 def initial_reader(spec: ModelSpec[Any], config: Any, seed: int) -> Reader:
-    """The reader of a fresh start: parameters computed from the seed, no moments.
+    """The reader of a fresh start: parameters and buffers computed from the seed, no moments.
 
     The last tensor is kept, because engines read a tensor interval by interval.
     """
     last: dict[str, Tensor] = {}
 
     def read(name: str, role: str, start: int, stop: int) -> Tensor | None:
-        if role != "parameter":
+        if role not in ("parameter", "buffer"):
             return None
         if name not in last:
             last.clear()
@@ -38,7 +38,8 @@ def initial_reader(spec: ModelSpec[Any], config: Any, seed: int) -> Reader:
 
 def parameters_only(read: Reader) -> Reader:
     """`read` without its moments."""
-    return lambda name, role, start, stop: read(name, role, start, stop) if role == "parameter" else None
+    wanted = ("parameter", "buffer")
+    return lambda name, role, start, stop: read(name, role, start, stop) if role in wanted else None
 
 
 def model_config(source: Source) -> ModelConfig:
@@ -78,4 +79,9 @@ def load_model(
             if values is None:
                 raise CheckpointError(f"Checkpoint {source.folder} holds no parameter {name}.")
             parameter.copy_(values.view(parameter.shape))
+        for name, shape in config.buffer_shapes().items():
+            values = source.read(name, "buffer", 0, math.prod(shape))
+            if values is None:
+                raise CheckpointError(f"Checkpoint {source.folder} holds no buffer {name}.")
+            model.get_buffer(name).copy_(values.view(shape))
     return model.to(device).eval(), config

@@ -36,7 +36,8 @@ class Retention:
     Attributes:
         newest: this many of the newest.
         every_steps: all whose step is a multiple of it; None: none for that reason.
-        best: this many with the lowest validation loss; None: none for that reason.
+        best: this many with the best evaluation (the lowest validation loss, or what the task calls best); None: none
+            for that reason.
     """
 
     newest: int
@@ -153,15 +154,22 @@ def _kept(manifests: dict[Path, Manifest], retention: Retention) -> set[str]:
         kept |= {folder.name for folder, m in manifests.items() if m.step % retention.every_steps == 0}
     if retention.best:
         # Each evaluation counts for the checkpoint of its own step only.
-        losses = [
-            (loss, folder.name)
+        values = [
+            (value, folder.name)
             for folder, m in manifests.items()
-            if (loss := m.state.get("metrics", {}).get("val_loss")) is not None
-            and math.isfinite(loss)
-            and m.state.get("metrics_step", m.step) == m.step
+            if (value := _value(m)) is not None and m.state.get("metrics_step", m.step) == m.step
         ]
-        kept |= {name for _, name in sorted(losses)[: retention.best]}
+        kept |= {name for _, name in sorted(values)[: retention.best]}
     return kept
+
+
+def _value(manifest: Manifest) -> float | None:
+    """What its newest evaluation came to, lower being better; None when there was none."""
+    state = manifest.state
+    value = state.get("metrics", {}).get(state.get("best_metric", "val_loss"))
+    if value is None or not math.isfinite(value):
+        return None
+    return -value if state.get("best_highest") else float(value)
 
 
 def _quick_look(folder: Path) -> Manifest | None:

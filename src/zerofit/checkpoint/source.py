@@ -105,7 +105,9 @@ class Averaged:
         return self.saved.shapes()
 
     def read(self, name: str, role: str, start: int, stop: int) -> Tensor | None:
-        """A `types.Reader`."""
+        """A `types.Reader`. Buffers have no average: they are those of the weights that were trained."""
+        if role == "buffer":
+            return self.saved.read(name, role, start, stop)
         return self.saved.read(name, "ema", start, stop) if role == "parameter" else None
 
 

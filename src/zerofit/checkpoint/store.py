@@ -27,9 +27,10 @@ class Saved:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is carried over, for `source.Source`."""
-        best = self.state.get("best_loss")
+        best = self.state.get("best_value", self.state.get("best_loss"))
+        metric = self.state.get("best_metric", "val_loss").replace("_", " ").replace("val ", "validation ")
         return (
-            f"Starting from {self.folder}: step {self.step}, optimizer included, best validation loss "
+            f"Starting from {self.folder}: step {self.step}, optimizer included, best {metric} "
             f"{'absent' if best is None else format(best, '.4f')}.",
         )
 

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from ..data.tokenizers import Tokenizer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Prepare data, and show it.")
+from .data_images import prepare_images_command, show_images
+
+IMAGES = "prepare images"
+
+
+class DataGroup(TyperGroup):
+    """``prepare images`` is a command of two words, beside ``prepare``, which takes text."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command, and what is left of the arguments."""
+        return super().resolve_command(ctx, [IMAGES, *args[2:]] if args[:2] == IMAGES.split() else args)
+
+
+app = typer.Typer(
+    cls=DataGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None, help="Prepare data, and show it."
+)
+app.command(IMAGES)(prepare_images_command)
 
 
 @app.command()
@@ -44,7 +61,10 @@ def prepare(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tokenise text into train.bin and val.bin (nanoGPT's format) and meta.json. After a kill, the same command goes on
-    where it stopped."""
+    where it stopped.
+
+    For pictures: zerofit data prepare images FOLDER.
+    """
     from rich.console import Console
 
     from ..config.schema import DataConfig
@@ -73,7 +93,7 @@ def _short_name(spelled: str) -> str:
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="Folder of prepared tokens.")],
+    path: Annotated[Path, typer.Argument(help="Folder of prepared tokens or pictures.")],
     split: Annotated[Literal["train", "val"], typer.Option(help="Which part.")] = "train",
     samples: Annotated[int, typer.Option(min=1, help="Samples to show.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sample (the model's block_size).")] = 64,
@@ -81,7 +101,15 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show samples as training sees them: the trained tokens coloured, in alternating shades a token, and a mark where
-    a document starts."""
+    a document starts.
+
+    Of pictures: the class table, and the first in training order.
+    """
+    from ..data.images.store import is_prepared_images
+
+    if is_prepared_images(path):
+        show_images(path, split, samples, seed, as_json=as_json)
+        return
     from rich.console import Console
 
     from ..data.documents import Documents

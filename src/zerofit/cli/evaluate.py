@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from ..config.models import LanguageModelShape
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from ..checkpoint.store import Saved
+    from ..config.models import ModelConfig
+    from ..data.loader import Share
+    from ..types import Batch
 
 
 def evaluate(
@@ -25,27 +35,66 @@ def evaluate(
 
     from ..checkpoint.model import load_model
     from ..checkpoint.source import weights_of
-    from ..config.schema import DataConfig
-    from ..data.loader import Share, evaluation_window
-    from ..data.run_data import folders, open_evaluation
-    from ..data.tokens import check_data
-    from ..engines.common import evaluate_window
+    from ..data.loader import Share
+    from ..engines.common import Inputs, evaluate_window
     from ..tasks import task_of
     from ..tasks.base import metric_name
     from ..types import World
-    from .saved_run import open_run, trained_data
+    from .saved_run import data_folder, open_run
 
     saved = open_run(run, checkpoint)
-    everything = [DataConfig(path=data)] if data else trained_data(saved)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, config = load_model(weights_of(saved, weights), device)
-    for folder in folders(everything):
-        check_data(folder, config)
-    share = Share(micro_batch, 1, 0, 1)
+    share, inputs = Share(micro_batch, 1, 0, 1), Inputs(device)
+    if isinstance(config, LanguageModelShape):
+        windows: dict[str, Iterable[Batch]] = dict(_texts(saved, data, config, share, batches))
+    else:
+        windows, inputs.transform = _pictures(saved, data_folder(saved, data), config, share, batches)
     found: dict[str, float] = {"step": saved.step}
-    for split, dataset in open_evaluation(everything, config, seed=0).items():
-        window = evaluation_window(dataset, share, batches or -(-dataset.blocks // micro_batch))
-        sums = evaluate_window(model, window, World(0, 1, 0, device)).read()
+    for split, window in windows.items():
+        sums = evaluate_window(model, window, World(0, 1, 0, device), inputs).read()
         for name, value in task_of(config).metrics(sums).items():
             found[metric_name(split, name)] = value
     print(json.dumps(found) if as_json else "\n".join(f"{name}: {value:.6g}" for name, value in found.items()))
+
+
+def _texts(
+    saved: Saved, data: Path | None, config: LanguageModelShape, share: Share, batches: int | None
+) -> Iterator[tuple[str, Iterator[Batch]]]:
+    """Batches of each split, and of each source."""
+    from ..config.schema import DataConfig
+    from ..data.loader import evaluation_window
+    from ..data.run_data import folders, open_evaluation
+    from ..data.tokens import check_data
+    from .saved_run import trained_data
+
+    everything = [DataConfig(path=data)] if data else trained_data(saved)
+    for folder in folders(everything):
+        check_data(folder, config)
+    for split, dataset in open_evaluation(everything, config, seed=0).items():
+        yield split, evaluation_window(dataset, share, batches or -(-dataset.blocks // share.micro_batch))
+
+
+def _pictures(saved: Saved, folder: Path, config: ModelConfig, share: Share, batches: int | None) -> Any:
+    """Batches of each split, and what becomes of them on the device.
+
+    Raises:
+        DataError: the classes of the data are not those that the model was trained on.
+    """
+    from ..config.images import ImageDataConfig
+    from ..data.images.dataset import open_images
+    from ..data.images.loader import ImageEvaluation
+    from ..data.images.store import SPLITS
+    from ..tasks.image_classification import TASK, image_model, read_plan
+
+    data = ImageDataConfig.model_validate(saved.state["config"]["data"]).model_copy(update={"path": folder})
+    splits = {split: open_images(folder, split, 0) for split in SPLITS}
+    classes = saved.state["facts"]["classes"]
+    if splits["val"].classes != classes:
+        raise DataError(
+            f"{folder} has the classes {', '.join(splits['val'].classes[:3])} …, and the model was trained on "
+            f"{', '.join(classes[:3])} …: they must be the same, in the same order. Give its own data with --data."
+        )
+    reading = read_plan(data, None)
+    windows = {split: ImageEvaluation(dataset, share, reading, batches) for split, dataset in splits.items()}
+    return windows, TASK.transform(data, image_model(config))

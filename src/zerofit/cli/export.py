@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..config.image_models import ImageModelShape
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def export(
     source: Annotated[Path, typer.Argument(help="A run folder, a step folder, or a checkpoint of another program.")],
     out: Annotated[Path, typer.Argument(help="File (pt, or NAME.safetensors) or folder to write.")],
     to: Annotated[
-        Literal["pt", "safetensors", "huggingface", "state-spaces", "deepspeed"],
+        Literal["pt", "safetensors", "huggingface", "state-spaces", "deepspeed", "onnx"],
         typer.Option(help="Format to write; state-spaces is mamba_ssm's."),
     ],
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Type of the weights.")] = "fp32",
@@ -50,7 +51,14 @@ def export(
     if weights == "ema" and not isinstance(found, Saved):
         raise ConfigError(f"--weights ema: {source} is another program's checkpoint, of which only weights are read.")
     chosen = weights_of(found, weights) if isinstance(found, Saved) else found
-    done = write(chosen, model, out, to=to, dtype=dtype, shard_bytes=shard_bytes, force=force)
+    if isinstance(model, ImageModelShape) and isinstance(found, Saved):
+        from ..checkpoint.export_images import export_classifier
+
+        done = export_classifier(weights_of(found, weights), model, out, to=to, dtype=dtype, force=force)
+    elif to == "onnx":
+        raise ConfigError(f"--to onnx: {model.kind} is not exported to ONNX, classifiers of pictures are. Use --to pt.")
+    else:
+        done = write(chosen, model, out, to=to, dtype=dtype, shard_bytes=shard_bytes, force=force)
     notes = [*(() if isinstance(found, Saved) else found.notes), *done.notes]
     if as_json:
         keys = ("to", "dtype", "files", "size_bytes", "parameters", "step")

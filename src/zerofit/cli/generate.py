@@ -58,7 +58,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write text with a trained model."""
+    from ..checkpoint.model import model_config
     from ..checkpoint.source import weights_of
+    from ..config.models import LanguageModelShape
     from ..data.tokenizers import load_tokenizer
     from ..tasks.decoding import Decoding
     from .saved_run import data_folder, open_run
@@ -69,6 +71,12 @@ def generate(
         raise ConfigError("--json and --stream were both given: JSON is printed when it is whole. Leave one away.")
     texts = _prompts(prompt, prompts_file)
     saved = open_run(run, checkpoint)
+    shape = model_config(saved)
+    if not isinstance(shape, LanguageModelShape):
+        raise DataError(
+            f"{run} holds a {shape.kind}, and `zerofit generate` writes text with a language model. Use `zerofit "
+            f"classify {run} PICTURES`."
+        )
     folder = data_folder(saved, data)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
@@ -175,7 +183,7 @@ def _open_writer(
     place = ("cuda" if has_gpu else "cpu") if device == "auto" else device
     model, config = load_model(saved, place)
     stepper = stepper_of(config.kind, model)
-    limit = stepper.context_length if stepper else config.sequence_length
+    limit = stepper.context_length if stepper else config.items_per_sample
     return _Writer(model, stepper, limit, place, tokenizer, rules, tokens, stops, overflow, cache)
 
 

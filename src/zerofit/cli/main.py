@@ -40,6 +40,7 @@ VERBS = {
     "data": Verb("zerofit.cli.data:app", "Prepare data, and show it."),
     "eval": Verb("zerofit.cli.evaluate:evaluate", "Evaluate a checkpoint."),
     "generate": Verb("zerofit.cli.generate:generate", "Write text with a trained model."),
+    "classify": Verb("zerofit.cli.classify:classify", "Tell what pictures show, with a trained classifier."),
     "checkpoint": Verb("zerofit.cli.checkpoint:app", "List, verify, name and remove a run's checkpoints."),
     "export": Verb("zerofit.cli.export:export", "Write a checkpoint for other programs, or convert theirs."),
     "config": Verb("zerofit.cli.config:app", "Rewrite another tool's configuration in zerofit's keys."),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
+from ..config.images import ImageDataConfig
 from ..errors import ConfigError, DataError
 from .plan_arguments import PlanRequest, read_plan_arguments
 
@@ -45,8 +46,9 @@ def _plan(request: PlanRequest) -> None:
     from ..config.load import load_config
     from ..planning.choose import nothing_fits, survey
     from ..planning.described import described_hardware
-    from ..planning.explain import choice_json, print_choice, print_formulas
+    from ..planning.explain import choice_json, print_choice, print_formulas, print_recipes, recipes_json
     from ..planning.hardware import probe
+    from ..planning.recipes import recipes
     from ..planning.translation import print_translation, translation_json
     from ..training.start import without_overruled_duration
 
@@ -64,12 +66,17 @@ def _plan(request: PlanRequest) -> None:
     everything = "all" in request.switches
     choice = survey(config, hardware, everything=everything)
     config = with_steps(config, choice)
+    ways = recipes(config, hardware) if config.model.items == "images" and config.device != "cpu" else []
     if typed.as_json:
         plan = choice.chosen.plan if choice.chosen else None
-        print(json.dumps({**choice_json(choice, config), "keys": translation_json(resolved.notes, config, plan)}))
+        more = {"recipes": recipes_json(ways)} if ways else {}
+        print(
+            json.dumps({**choice_json(choice, config), "keys": translation_json(resolved.notes, config, plan), **more})
+        )
     else:
         console = _console()
         print_choice(console, config, choice, everything=everything)
+        print_recipes(console, ways, config.global_batch or choice.candidates[0].plan.global_batch)
         print_translation(console, resolved.notes, config, choice.chosen.plan if choice.chosen else None)
         if "explain" in request.switches:
             print_formulas(console, choice)
@@ -83,20 +90,23 @@ NO_DATA = (("data.path", "data"),)
 
 
 def with_steps(config: Config, choice: Choice) -> Config:
-    """The configuration with the steps that its duration comes to under the chosen batch.
-
-    Raises:
-        DataError: epochs of data that is not there.
-    """
+    """The configuration with the steps that its duration comes to under the chosen batch; of epochs of data that is
+    not there nobody knows how many (`ENDLESS_STEPS`)."""
+    from ..config.durations import ENDLESS_STEPS
     from ..training.start import steps_of
 
     if config.duration is None or choice.chosen is None:
         return config
-    return config.model_copy(update={"max_steps": steps_of(config, choice.chosen.plan)})
+    try:
+        steps = steps_of(config, choice.chosen.plan)
+    except DataError:
+        steps = ENDLESS_STEPS
+    return config.model_copy(update={"max_steps": steps})
 
 
 def with_vocabulary(resolved: ResolvedConfig) -> Config:
-    """The configuration with its vocabulary: its own, its data's, or its tokenizer's, for a plan needs no data.
+    """The configuration with its vocabulary or classes: its own, its data's, or its tokenizer's, for a plan needs no
+    data.
 
     Raises:
         DataError: none of the three is known.
@@ -109,6 +119,12 @@ def with_vocabulary(resolved: ResolvedConfig) -> Config:
         return start.with_model_of_data(resolved).config
     except DataError as error:
         config = resolved.config
+        if isinstance(config.data, ImageDataConfig):
+            raise DataError(
+                f"The number of classes is not known: it is that of the prepared pictures, and {config.data.path} "
+                f"holds none. Set --model.num_classes N to plan without data, or prepare it with `zerofit data prepare "
+                f"images`."
+            ) from error
         if (config.data.prepare or config.data.sources) and config.data.tokenizer in VOCABULARIES:
             known = {"vocab_size": VOCABULARIES[config.data.tokenizer]}
             return config.model_copy(update={"model": config.model.model_copy(update=known)})

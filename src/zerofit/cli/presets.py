@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..config.image_models import ImageModelShape
 from ..config.load import load_config
 from ..config.presets import preset_names, preset_text
 from ..config.schema import Config
@@ -46,6 +47,11 @@ def _whole(name: str) -> dict[str, object]:
 def _parameters(config: Config) -> str:
     """The count, padding rows included. A vocabulary that comes with the data adds a row of the embedding a token."""
     model = config.model
+    if isinstance(model, ImageModelShape):
+        if model.num_classes is not None:
+            return f"{model.parameter_count():,}"
+        none, one = (model.model_copy(update={"num_classes": n}).parameter_count() for n in (0, 1))
+        return f"{none:,} + {one - none} a class"
     if model.vocab_size is not None:
         return f"{model.parameter_count():,}"
     none, one = (model.model_copy(update={"vocab_size": n, "pad_vocab_to": 1}).parameter_count() for n in (0, 1))

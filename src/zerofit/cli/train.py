@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import typer
 
 from ..config.arguments import Request, parse_arguments
 from ..config.load import load_config
-from ..errors import ConfigError
+from ..errors import ConfigError, Interrupted
 from .presets import preset_table
 
 IMAGE_FOLDER = Path("data/train")
@@ -30,7 +31,23 @@ def run_train(arguments: Sequence[str]) -> None:
     resolved = load_config(request.source, request.preset, request.overrides)
     prepared = prepare_run(resolved, request)
     if prepared is not None:
-        raise typer.Exit(launch_run(prepared))
+        code = launch_run(prepared)
+        if code in (0, Interrupted.exit_code):
+            _draw_curves(prepared.folder)
+        raise typer.Exit(code)
+
+
+def _draw_curves(run: Path) -> None:
+    """``training_history.json`` and ``curves.png``, of a stopped run too. What cannot be written ends nothing."""
+    from ..reporting.history import write_history
+
+    try:
+        written = write_history(run)
+    except (OSError, KeyError, ValueError) as error:
+        print(f"Warning: the curves of {run} could not be drawn ({error}).", file=sys.stderr)
+        return
+    if written:
+        print(f"Curves: {', '.join(path.name for path in written)} in the run folder.")
 
 
 def _refuse_what_train_lacks(request: Request) -> None:
@@ -55,6 +72,6 @@ def _about_images() -> str:
     if not classes:
         return ""
     return (
-        f" {IMAGE_FOLDER} holds {classes} folders, as for an image classifier: this version trains language models "
-        f"on text only; training on images comes with a later one."
+        f" {IMAGE_FOLDER} holds {classes} folders, as for an image classifier: `zerofit train --preset animals90 "
+        f"--model.num_classes {classes}` trains one on data/train and data/val."
     )

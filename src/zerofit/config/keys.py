@@ -78,12 +78,17 @@ def keys() -> Mapping[str, Key]:
 
 @cache
 def sections() -> Mapping[str, str]:
-    """Name -> one-line description of the configuration's sections."""
-    return {
-        name: " ".join((member.__doc__ or "").partition("\n")[0] for member in members)
-        for name, field in Config.model_fields.items()
-        if (members := _members(field.annotation))
-    }
+    """Dotted name -> one-line description of the configuration's sections, each before those inside it."""
+    return dict(_sections(Config, ""))
+
+
+def _sections(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        members = _members(field.annotation)
+        if members:
+            yield prefix + name, " ".join((member.__doc__ or "").partition("\n")[0] for member in members)
+        for member in members:
+            yield from _sections(member, f"{prefix}{name}.")
 
 
 @cache
@@ -178,7 +183,7 @@ def _describe(annotation: Any, metadata: Sequence[object] = ()) -> tuple[list[st
         fields = [extra for extra in arguments[1:] if isinstance(extra, FieldInfo)]
         return _describe(arguments[0], [part for extra in fields for part in extra.metadata])
     if origin is Literal:
-        return list(arguments), frozenset()
+        return [str(value) for value in arguments], frozenset()
     if origin is dict:
         return ["a mapping of names"], frozenset({dict})
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

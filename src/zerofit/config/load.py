@@ -182,9 +182,11 @@ def dump_resolved(resolved: ResolvedConfig) -> str:
         outer, _, leaf = name.rpartition(".")
         if outer != section:
             section = outer
-            lines.append(f"{outer}:")
-        value = values[outer][leaf] if outer else values[leaf]
-        lines.append(f"{'  ' if outer else ''}{leaf}: {write_value(value)}  # {resolved.origins[name]}")
+            lines.append(f"{'  ' * outer.count('.')}{outer.rpartition('.')[2]}:")
+        value: Any = values
+        for part in name.split("."):
+            value = value[part]
+        lines.append(f"{'  ' * name.count('.')}{leaf}: {write_value(value)}  # {resolved.origins[name]}")
     return "\n".join(lines) + "\n"
 
 
@@ -333,9 +335,7 @@ def _with_kinds(settings: dict[str, Entry]) -> dict[str, Entry]:
     """
     for section in sections():
         known, name = kinds(section), f"{section}.kind"
-        given = {
-            entry.name.rpartition(".")[2]: entry for entry in settings.values() if entry.name.startswith(f"{section}.")
-        }
+        given = {entry.name.split(".")[1]: entry for entry in settings.values() if entry.name.startswith(f"{section}.")}
         if not known or not given:
             continue
         if name not in settings:
@@ -358,8 +358,11 @@ def _with_kinds(settings: dict[str, Entry]) -> dict[str, Entry]:
 def _nested(settings: dict[str, Entry]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for entry in settings.values():
-        outer, _, leaf = entry.name.rpartition(".")
-        (tree.setdefault(outer, {}) if outer else tree)[leaf] = entry.value
+        *outer, leaf = entry.name.split(".")
+        place = tree
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[leaf] = entry.value
     return tree
 
 
@@ -371,7 +374,7 @@ def _in_words(error: ValidationError, settings: dict[str, Entry]) -> ConfigError
         del path[1]
     if first["type"] == "missing" and len(path) <= 2 and path[0] != "stages":
         return _missing(".".join(path))
-    key = keys().get(".".join(path[:2])) or keys().get(".".join(path[:1]))
+    key = next((keys()[name] for end in (3, 2, 1) if (name := ".".join(path[:end])) in keys()), None)
     if key is None or (first["type"] == "value_error" and key.name not in settings):
         return ConfigError(str(first.get("ctx", {}).get("error", first["msg"])))
     inner = path[key.name.count(".") + 1 :] if dict in key.types or key.name == "stages" else []

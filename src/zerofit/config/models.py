@@ -5,64 +5,12 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-#: What a checkpointed block computes again in the backward pass: all of it; what is not a large matrix product; or what
-#: costs next to nothing. A model's configuration says which it has.
-Recomputation = Literal["full", "selective", "light"]
-
-
-class Section(BaseModel):
-    """Base of every part of the configuration: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-class ModelShape(Section):
-    """What every architecture's configuration tells, whatever it computes."""
-
-    task: ClassVar[str]
-    """Key of `zerofit.tasks.TASKS`: what the model is trained for."""
-    depth_key: ClassVar[str]
-    """The setting that counts the blocks."""
-    recomputations: ClassVar[tuple[Recomputation, ...]] = ("full",)
-    """Ways of activation checkpointing that the model has."""
-
-    kind: Any
-
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of every parameter, in the order in which the model registers them."""
-        raise NotImplementedError
-
-    def decaying(self) -> frozenset[str]:
-        """Names of the parameters that weight decay applies to: matrices, not norms and biases."""
-        return frozenset(name for name, shape in self.parameter_shapes().items() if len(shape) >= 2)
-
-    def flops_per_item(self) -> int:
-        """Of forward and backward for one trained item (a token, a picture); a multiplication and its addition count
-        as two."""
-        raise NotImplementedError
-
-    @property
-    def items_per_sample(self) -> int:
-        """Tokens of a sample; 1 where a sample is one item."""
-        return 1
-
-    def parameter_count(self) -> int:
-        """Distinct parameters (a tied head counts once), padding rows included."""
-        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
-
-    @property
-    def depth(self) -> int:
-        """Blocks."""
-        depth: int = getattr(self, self.depth_key)
-        return depth
-
-    def with_depth(self, depth: int) -> Self:
-        """The same with another number of blocks."""
-        return self.model_copy(update={self.depth_key: depth})
+from .image_models import ResNetConfig as ResNetConfig
+from .shapes import ModelShape as ModelShape
+from .shapes import Recomputation as Recomputation
+from .shapes import Section as Section
 
 
 class LanguageModelShape(ModelShape):
@@ -104,6 +52,18 @@ class LanguageModelShape(ModelShape):
     @property
     def items_per_sample(self) -> int:
         return self.sequence_length
+
+    def saved_elements_per_sample(self, every: int) -> int:
+        block, boundary = (n * self.sequence_length for n in (self.saved_elements_per_token, self.width))
+        if not every:
+            return self.depth * block
+        checkpointed = math.ceil(self.depth / every)
+        # One checkpointed block at a time is alive again while it is recomputed.
+        return (self.depth - checkpointed) * block + checkpointed * boundary + block
+
+    @property
+    def logits_per_sample(self) -> int:
+        return self.sequence_length * self.padded_vocab_size
 
 
 class GPT2Config(LanguageModelShape):
@@ -347,6 +307,7 @@ def _kind(shape: Any) -> str:
 ModelConfig = Annotated[
     Annotated[GPT2Config, Tag("gpt2")]
     | Annotated[MambaConfig, Tag("mamba")]
-    | Annotated[HuggingFaceConfig, Tag("huggingface")],
+    | Annotated[HuggingFaceConfig, Tag("huggingface")]
+    | Annotated[ResNetConfig, Tag("resnet")],
     Discriminator(_kind),
 ]

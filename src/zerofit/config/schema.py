@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from .durations import parse_duration
+from .images import ImageDataConfig
 from .models import ModelConfig, Section
 from .optimizers import OptimizerConfig, why_not
 from .stages import check_stages
@@ -87,6 +88,19 @@ class DataConfig(Section):
         if not self.sources:
             return {"": self.path}
         return {name: source.path or self.path / name for name, source in self.sources.items()}
+
+
+def _data_kind(data: Any) -> str:
+    """Files from before there were pictures name no kind: they mean tokens."""
+    return str(data.get("kind", "tokens") if isinstance(data, dict) else data.kind)
+
+
+#: What a run reads, told apart by ``kind``.
+AnyDataConfig = Annotated[
+    Annotated[DataConfig, Tag("tokens")] | Annotated[ImageDataConfig, Tag("images")], Discriminator(_data_kind)
+]
+#: The kind of data that each task reads.
+DATA_OF_TASK = {"language_modeling": "tokens", "image_classification": "images"}
 
 
 class ScheduleConfig(Section):
@@ -225,7 +239,7 @@ class Config(Section):
     that of the weights; a smaller ``model.block_size`` cuts the positions."""
 
     model: ModelConfig
-    data: DataConfig
+    data: AnyDataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
@@ -285,10 +299,10 @@ class Config(Section):
     deterministic: bool = False
     """Deterministic GPU kernels, so that a repeated run is bit for bit the same; slower."""
 
-    eval_interval: Interval = 250
-    """Steps between evaluations, or ``never``. The last step is evaluated too unless ``never``."""
+    eval_interval: Interval | Literal["epoch"] = 250
+    """Steps between evaluations, ``epoch``, or ``never``. The last step is evaluated too unless ``never``."""
     eval_batches: Positive = 20
-    """Global batches of each split in an evaluation."""
+    """Global batches of each split in an evaluation. Of pictures the whole validation split is evaluated."""
     log_style: Literal["plain", "nanogpt"] = "plain"
     """``nanogpt``: lines as nanoGPT prints them, ``iter 100: loss 3.2101, time 135.20ms, mfu 38.12%``."""
     log_interval: Positive = 10
@@ -296,7 +310,7 @@ class Config(Section):
     save_interval: Interval | Literal["epoch", "evaluation"] = "evaluation"
     """Steps between checkpoints, ``epoch``, every ``evaluation``, or ``never``. The last step too."""
     save_on_improvement: bool = True
-    """Save and point ``best`` to it when the validation loss improves."""
+    """Save and point ``best`` to it when the validation loss (of pictures, accuracy) improves."""
     save_asynchronously: bool = True
     """Write checkpoints while training goes on; takes a rank's share of the states in host memory once more."""
     keep_checkpoints: Positive = 2
@@ -304,7 +318,7 @@ class Config(Section):
     keep_every: Positive | None = None
     """Keep every checkpoint whose step is a multiple of this, too."""
     keep_best: Positive | None = None
-    """Keep this many checkpoints with the lowest validation loss, too."""
+    """Keep this many checkpoints with the best evaluation (of the loss; of pictures, accuracy), too."""
     sample_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of text to generate and print when training ends; 0 for none."""
     sample_interval: Interval = "never"
@@ -334,6 +348,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _legal_combination(self) -> Config:
+        _check_data(self)
         _check_offload(self)
         _check_checkpointing(self)
         if self.sample_interval != "never" and not self.sample_tokens:
@@ -355,6 +370,22 @@ class Config(Section):
                 "use compile_mode default"
             )
         return self
+
+
+def _check_data(config: Config) -> None:
+    """Which data goes with which model."""
+    wanted = DATA_OF_TASK[config.model.task]
+    if config.data.kind != wanted:
+        raise ValueError(
+            f"model.kind {config.model.kind} with data.kind {config.data.kind}: {config.model.kind} is trained on "
+            f"{wanted}; set data.kind {wanted} and data.path to {wanted} that were prepared, or choose another "
+            f"model.kind"
+        )
+    if wanted == "images" and config.init_from not in ("scratch", "resume"):
+        raise ValueError(
+            f"init_from {config.init_from} with model.kind {config.model.kind}: init_from names weights of language "
+            f"models; for a classifier set model.weights_from {config.init_from}, or model.pretrained true"
+        )
 
 
 def _check_end(config: Config) -> None:

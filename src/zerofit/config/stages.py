@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from .schema import Config, DataConfig, ScheduleConfig
@@ -37,13 +37,15 @@ class Span:
 def spans(config: Config) -> list[Span]:
     """The stages in order; one span for a run without stages."""
     peak, schedule, last = config.optimizer.learning_rate, config.schedule, config.max_steps
+    # Of pictures there are no stages, and nobody looks at this.
+    own = cast("DataConfig", config.data)
     if not config.stages:
-        return [Span("", 0, last, config.data, peak, schedule, 0, last)]
+        return [Span("", 0, last, own, peak, schedule, 0, last)]
     found, start = [], 0
     for number, stage in enumerate(config.stages, start=1):
         # The last one goes to the end of the run, also of one that is made longer when it is resumed.
         stop = last if number == len(config.stages) else stage.until or last
-        name, data = stage.name or f"stage-{number}", stage.data or config.data
+        name, data = stage.name or f"stage-{number}", stage.data or own
         rate = stage.learning_rate or peak
         counted = (stage.schedule, start, stop - start) if stage.schedule else (schedule, 0, last)
         found.append(Span(name, start, stop, data, rate, *counted))

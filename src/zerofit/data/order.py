@@ -39,6 +39,16 @@ def epoch_shift(seed: int, epoch: int, size: int) -> int:
     return int(_hash(seed, epoch, "shift") % size)
 
 
+def sample_keys(numbers: Indices, seed: int) -> Indices:
+    """A 64-bit key for every sample of the endless sequence of epochs: all that is random about it is made from this.
+
+    Args:
+        numbers: ``epoch * samples + position``, int64.
+    """
+    keys = _mix(numbers.astype(np.uint64) + np.uint64(_hash(seed, 0, "samples")))
+    return keys.astype(np.int64)
+
+
 def _feistel(values: NDArray[np.uint64], half_bits: int, keys: list[np.uint64]) -> NDArray[np.uint64]:
     mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
     left, right = values >> shift, values & mask

@@ -21,10 +21,11 @@ _NOT_A_WORD = re.compile(r"[^A-Za-z0-9_]+")
 
 def all_data(config: Config) -> list[DataConfig]:
     """The run's own data, then what its stages have instead; each once."""
-    found = [config.data]
-    for span in spans(config):
-        if span.data not in found:
-            found.append(span.data)
+    found: list[DataConfig] = []
+    assert isinstance(config.data, DataConfig)  # `Config` refuses other data for a model of text
+    for data in (config.data, *(span.data for span in spans(config))):
+        if data not in found:
+            found.append(data)
     return found
 
 
@@ -82,6 +83,7 @@ def check_all(config: Config) -> list[str]:
     notes = []
     for data in all_data(config):
         _check_sources_exist(data)
+    assert isinstance(config.model, LanguageModelShape)
     for folder in folders(all_data(config)):
         check_data(folder, config.model)
         notes += [said] if (said := describe_inferred(folder)) else []

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars
+from .common import Inputs
 
 
 class Engine(Protocol):
@@ -16,6 +17,9 @@ class Engine(Protocol):
     Made by `engines.build.build`; holds no weights worth anything until `load` was called (a fresh start loads from
     a reader that computes the initial values).
     """
+
+    inputs: Inputs
+    """Brings a batch's inputs to the device; a task may give it a transform (`tasks.base.Feed.transform`)."""
 
     def train_step(self, window: Sequence[Batch], lr: float, step: int, wishes: int = 0) -> PendingStep:
         """One optimizer step over a whole accumulation window. Collective.
@@ -41,8 +45,8 @@ class Engine(Protocol):
         rank calls it equally often."""
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank holds. The union over ranks covers every element of every tensor exactly once. Collective
-        only in the sense that every rank should iterate; no communication."""
+        """What this rank holds. The union over ranks covers every element of every tensor exactly once. Every rank
+        should call it: where the model has buffers (`engines.buffers`) it is collective, else no communication."""
 
     def hold_updates(self, wait: Callable[[], None]) -> None:
         """Call `wait` once, before what `fragments` shows changes next: somebody is still copying it."""
@@ -51,8 +55,8 @@ class Engine(Protocol):
         """What is remembered beside tensors; the same on every rank."""
 
     def load(self, read: Reader, scalars: Scalars | None = None) -> None:
-        """Take parameters (into the fp32 masters, then the compute copies) and moments from `read`, scalars from
-        `scalars` (None: a fresh optimizer). Collective."""
+        """Take parameters (into the fp32 masters, then the compute copies), moments and buffers from `read`, scalars
+        from `scalars` (None: a fresh optimizer). Collective."""
 
     def memory(self) -> Mapping[str, int]:
         """Bytes of model states that this rank holds now, under the item names of `planning.memory`."""

@@ -89,9 +89,22 @@ def seed_step(plan: Plan, step: int, rank: int) -> None:
     torch.manual_seed(mixed % (1 << 63))
 
 
-def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The batch's inputs on `device`; asynchronous from pinned memory."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()}
+class Inputs:
+    """From a batch to the arguments of the model's ``forward`` on `device`; asynchronous from pinned memory.
+
+    Attributes:
+        transform: what a task does there first (decoding, augmentation): ``(inputs, training) -> inputs``. Its
+            randomness is a function of its inputs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.transform: Callable[[dict[str, Tensor], bool], dict[str, Tensor]] | None = None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, *, training: bool) -> dict[str, Tensor]:
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
+        return inputs if self.transform is None else self.transform(inputs, training)
 
 
 class HeldUpdates:
@@ -174,19 +187,21 @@ def _on_host(figures: Tensor) -> Pending[list[float]]:
 
 
 @torch.no_grad()
-def evaluate_window(model: nn.Module, window: Iterable[Batch], world: World, *, compiled: bool = True) -> PendingSums:
+def evaluate_window(
+    model: nn.Module, window: Iterable[Batch], world: World, inputs: Inputs, *, compiled: bool = True
+) -> PendingSums:
     """Loss sums over the window and all ranks. Collective; does not wait. Leaves the model in training mode."""
     with nullcontext() if compiled else uncompiled(model):
-        return _evaluate(model, window, world)
+        return _evaluate(model, window, world, inputs)
 
 
-def _evaluate(model: nn.Module, window: Iterable[Batch], world: World) -> PendingSums:
+def _evaluate(model: nn.Module, window: Iterable[Batch], world: World, inputs: Inputs) -> PendingSums:
     sums: dict[str, Tensor] = {}
     weight_here = 0
     model.eval()
     for batch in window:
         weight_here += batch.weight
-        for name, value in model(**to_device(batch, world.device)).items():
+        for name, value in model(**inputs(batch, training=False)).items():
             sums[name] = sums[name] + value.double() if name in sums else value.double()
     model.train()
     weight = torch.tensor(float(weight_here), dtype=torch.float64, device=world.device)
@@ -202,14 +217,24 @@ def _evaluate(model: nn.Module, window: Iterable[Batch], world: World) -> Pendin
     return Pending(finish)
 
 
+def add_over_ranks(tensor: Tensor, world: World) -> Tensor:
+    """The sum of the ranks' tensors, on the CPU. Collective."""
+    if world.world_size == 1:
+        return tensor.cpu()
+    total = tensor.to(world.device, copy=True)
+    dist.all_reduce(total)
+    return total.cpu()
+
+
 @torch.no_grad()
-def predict(model: nn.Module, batch: Batch, world: World) -> Tensor:
+def predict(model: nn.Module, batch: Batch, inputs: Inputs) -> Tensor:
     """The model's output without targets, in evaluation mode. Leaves the model in training mode.
 
     As it was written: a text that is being sampled has another length with every token, and would be compiled anew.
     """
     model.eval()
+    arguments = inputs(batch, training=False)
     with uncompiled(model):
-        output: Tensor = model(**to_device(batch, world.device))
+        output: Tensor = model(**{name: tensor for name, tensor in arguments.items() if name != "targets"})
     model.train()
     return output

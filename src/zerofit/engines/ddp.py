@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..models.base import ModelSpec, named_unique_parameters
 from ..planning.plan import Plan
 from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars, World
 from . import common
+from .buffers import Buffers
 from .flat_optimizer import FlatOptimizer
 from .loss_scale import LossScaler
 
@@ -29,7 +31,7 @@ class DDPEngine:
 
     def __init__(self, plan: Plan, spec: ModelSpec[Any], world: World) -> None:
         self.plan, self.world = plan, world
-        self.held = common.HeldUpdates()
+        self.held, self.inputs = common.HeldUpdates(), common.Inputs(world.device)
         self.model = common.build_model(plan, spec, world.device)
         common.compile_units(plan, spec, self.model)
         self.parameters = named_unique_parameters(self.model)
@@ -42,18 +44,24 @@ class DDPEngine:
         if world.world_size > 1 and self.fp32_gradients is None:
             device_ids = [world.device.index] if world.device.type == "cuda" else None
             self.replica = DistributedDataParallel(
-                self.model, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False
+                self.model,
+                device_ids=device_ids,
+                gradient_as_bucket_view=True,
+                init_sync=False,
+                broadcast_buffers=False,  # see `buffers`
             )
+        self.buffers = Buffers(self.model, world)
         self.scaler = LossScaler(plan.loss_scale, plan.precision == "fp16", world.device)
 
     def train_step(self, window: Sequence[Batch], lr: float, step: int, wishes: int = 0) -> PendingStep:
         common.seed_step(self.plan, step, self.world.rank)
+        self.buffers.change()
         agreed = common.open_step(window, wishes, self.world)
         factor = common.loss_factor(agreed, self.world)
         loss_sum = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(window):
             with self._communication(last=index == len(window) - 1):
-                loss = self.replica(**common.to_device(batch, self.world.device))["loss"]
+                loss = self.replica(**self.inputs(batch, training=True))["loss"]
                 (loss * (factor * self.scaler.scale).float()).backward()
             loss_sum += loss.detach()
         grad_norm, skipped, scale = self._apply(lr)
@@ -105,13 +113,15 @@ class DDPEngine:
         return parameter.grad if self.fp32_gradients is None else self._fp32_views[parameter]
 
     def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> PendingSums:
-        return common.evaluate_window(self.model, window, self.world, compiled=compiled)
+        self.buffers.average()
+        return common.evaluate_window(self.model, window, self.world, self.inputs, compiled=compiled)
 
     def predict(self, batch: Batch) -> Tensor:
-        return common.predict(self.model, batch, self.world)
+        self.buffers.average()
+        return common.predict(self.model, batch, self.inputs)
 
     def fragments(self) -> Iterator[Fragment]:
-        return self.optimizer.fragments(self.world.rank, self.world.world_size)
+        return chain(self.buffers.fragments(), self.optimizer.fragments(self.world.rank, self.world.world_size))
 
     def hold_updates(self, wait: Callable[[], None]) -> None:
         self.held.hold(wait)
@@ -126,11 +136,16 @@ class DDPEngine:
             self.optimizer.load(read, scalars.get("optimizer_steps", 0.0))
         except KeyError as missing:
             raise TrainingFailed(f"parameter {missing} was asked for and its source does not hold it") from None
+        self.buffers.load(read)
         self.scaler.load(scalars)
 
     def memory(self) -> Mapping[str, int]:
         copy = sum(p.nbytes for p in self.parameters.values())
-        items = {"parameters": self.optimizer.parameter_bytes or copy, **self.optimizer.memory()}
+        items = {
+            "parameters": self.optimizer.parameter_bytes or copy,
+            **self.optimizer.memory(),
+            **self.buffers.memory(),
+        }
         if self.fp32_gradients is not None:
             items["gradients"] = self.fp32_gradients.nbytes
         elif isinstance(self.replica, DistributedDataParallel):

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ from ..planning.optimizer_states import MEANS
 from ..planning.plan import Plan
 from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars, World
 from . import common
+from .buffers import Buffers
 from .deepspeed_config import deepspeed_config
 from .deepspeed_fragments import ReplicatedLayout, ShardedLayout
 from .loss_scale import LossScaler
@@ -43,7 +45,7 @@ class DeepSpeedEngine:
 
     def __init__(self, plan: Plan, spec: ModelSpec[Any], world: World) -> None:
         self.world = world
-        self.held = common.HeldUpdates()
+        self.held, self.inputs = common.HeldUpdates(), common.Inputs(world.device)
         self.deepspeed = import_deepspeed(plan, world)
         self.swap_folder = _new_swap_folder(plan)
         self.plan = plan if self.swap_folder is None else plan.model_copy(update={"nvme_path": self.swap_folder})
@@ -55,6 +57,7 @@ class DeepSpeedEngine:
             self.parameters = named_unique_parameters(self.model)
             self.engine = _zero_engine(self.deepspeed, self.model, self._make_optimizer(spec), config)
         self.zero: Any = self.engine.optimizer
+        self.buffers = Buffers(self.model, world)
         names = {parameter: name for name, parameter in self.parameters.items()}
         roles = (*MEANS[plan.optimizer.kind], *(("ema",) if plan.optimizer.ema_decay is not None else ()))
         self.layout: ReplicatedLayout | ShardedLayout = (
@@ -92,13 +95,14 @@ class DeepSpeedEngine:
 
     def train_step(self, window: Sequence[Batch], lr: float, step: int, wishes: int = 0) -> PendingStep:
         common.seed_step(self.plan, step, self.world.rank)
+        self.buffers.change()
         agreed = common.open_step(window, wishes, self.world)
         factor = common.loss_factor(agreed, self.world)
         self.zero.set_lr(lr)
         loss_sum = torch.zeros((), device=self.world.device)
         with _translated(self.deepspeed):
             for index, batch in enumerate(window):
-                loss = self.engine(**common.to_device(batch, self.world.device))["loss"]
+                loss = self.engine(**self.inputs(batch, training=True))["loss"]
                 self.engine.backward(loss * factor, scale_wrt_gas=False)
                 if index == len(window) - 1:
                     self.held.release()
@@ -125,14 +129,16 @@ class DeepSpeedEngine:
             self.zero.override_loss_scale(self.scaler.scale.item())
 
     def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> PendingSums:
-        return common.evaluate_window(self.model, window, self.world, compiled=compiled)
+        self.buffers.average()
+        return common.evaluate_window(self.model, window, self.world, self.inputs, compiled=compiled)
 
     def predict(self, batch: Batch) -> Tensor:
-        return common.predict(self.model, batch, self.world)
+        self.buffers.average()
+        return common.predict(self.model, batch, self.inputs)
 
     def fragments(self) -> Iterator[Fragment]:
-        for partition in self.layout.partitions:
-            yield from partition.fragments()
+        partitions = (partition.fragments() for partition in self.layout.partitions)
+        return chain(self.buffers.fragments(), chain.from_iterable(partitions))
 
     def hold_updates(self, wait: Callable[[], None]) -> None:
         self.held.hold(wait)
@@ -148,6 +154,7 @@ class DeepSpeedEngine:
         for index, partition in enumerate(self.layout.partitions):
             partition.load(read, steps, partial(self._begin_state, index))
         self.layout.finish_load()
+        self.buffers.load(read)
         self.scaler.load(scalars)
         self._apply_scale()
 
@@ -164,7 +171,7 @@ class DeepSpeedEngine:
         state["step"] = torch.tensor(steps, dtype=torch.float32, device=master.device) if on_device else int(steps)
 
     def memory(self) -> Mapping[str, int]:
-        return self.layout.memory()
+        return self.layout.memory() | self.buffers.memory()
 
     def close(self) -> None:
         self.engine.destroy()

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..models.base import ModelSpec, named_unique_parameters
 from ..planning.plan import Plan
 from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars, World
 from . import common
+from .buffers import Buffers
 from .flat_optimizer import FlatOptimizer
 from .loss_scale import LossScaler
 
@@ -44,7 +46,7 @@ class FSDPEngine:
 
     def __init__(self, plan: Plan, spec: ModelSpec[Any], world: World) -> None:
         self.plan, self.world = plan, world
-        self.held = common.HeldUpdates()
+        self.held, self.inputs = common.HeldUpdates(), common.Inputs(world.device)
         self.mesh = init_device_mesh(world.device.type, (world.world_size,))
         self.model = _meta_model(plan, spec, world.device)
         self.compiled = _compile_forwards(plan, spec, self.model)
@@ -58,15 +60,17 @@ class FSDPEngine:
         self.shards.give_to_model()
         if plan.mixed and plan.gradient_dtype == "fp32":
             self.fp32_gradients = _Fp32Gradients(self.model, self.shards)
+        self.buffers = Buffers(self.model, world)
         self.scaler = LossScaler(plan.loss_scale, plan.precision == "fp16", world.device)
 
     def train_step(self, window: Sequence[Batch], lr: float, step: int, wishes: int = 0) -> PendingStep:
         common.seed_step(self.plan, step, self.world.rank)
+        self.buffers.change()
         agreed = common.open_step(window, wishes, self.world)
         factor = common.loss_factor(agreed, self.world)
         loss_sum = torch.zeros((), device=self.world.device)
         for batch in window:
-            loss = self.model(**common.to_device(batch, self.world.device))["loss"]
+            loss = self.model(**self.inputs(batch, training=True))["loss"]
             (loss * (factor * self.scaler.scale).float()).backward()
             loss_sum += loss.detach()
         grad_norm, skipped, scale = self._apply(lr)
@@ -103,11 +107,13 @@ class FSDPEngine:
 
     def eval_step(self, window: Sequence[Batch], *, compiled: bool = True) -> PendingSums:
         with nullcontext() if compiled else self._uncompiled():
-            return common.evaluate_window(self.model, window, self.world)
+            self.buffers.average()
+            return common.evaluate_window(self.model, window, self.world, self.inputs)
 
     def predict(self, batch: Batch) -> Tensor:
         with self._uncompiled():  # inputs of any length: each would be compiled anew
-            return common.predict(self.model, batch, self.world)
+            self.buffers.average()
+            return common.predict(self.model, batch, self.inputs)
 
     @contextmanager
     def _uncompiled(self) -> Iterator[None]:
@@ -127,6 +133,9 @@ class FSDPEngine:
                 module.reshard()
 
     def fragments(self) -> Iterator[Fragment]:
+        return chain(self.buffers.fragments(), self._own_fragments())
+
+    def _own_fragments(self) -> Iterator[Fragment]:
         for fragment in self.optimizer.fragments(0, 1):
             shape, start = self.shards.shapes[fragment.name], self.shards.starts[fragment.name]
             yield replace(fragment, shape=shape, start=start + fragment.start)
@@ -150,11 +159,12 @@ class FSDPEngine:
         except KeyError as missing:
             raise TrainingFailed(f"parameter {missing} was asked for and its source does not hold it") from None
         self.shards.refresh()
+        self.buffers.load(read)
         self.scaler.load(scalars)
 
     def memory(self) -> Mapping[str, int]:
         """Bytes by item; see `planning.memory_fsdp`."""
-        items = {"parameters": self.shards.held_bytes(), **self.optimizer.memory()}
+        items = {"parameters": self.shards.held_bytes(), **self.optimizer.memory(), **self.buffers.memory()}
         if self.fp32_gradients is not None:
             items["gradients"] = self.fp32_gradients.flat.nbytes
         return items

@@ -15,6 +15,7 @@ MODELS = {
     "gpt2": "zerofit.models.gpt2:SPEC",
     "mamba": "zerofit.models.mamba:SPEC",
     "huggingface": "zerofit.models.huggingface:SPEC",
+    "resnet": "zerofit.models.resnet:SPEC",
 }
 
 

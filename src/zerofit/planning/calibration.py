@@ -20,6 +20,8 @@ from .memory import DeviceConstants, device_constants
 
 #: Share of the data sheet's rate that large matrix products reach; measured on the H200: 790 of 989 TFLOP/s.
 MATRIX_SHARE = 0.80
+#: TF32 against half precision on tensor cores, by the data sheets of Ampere and later.
+TF32_SHARE = 0.5
 #: Share of the memory's rate that streaming kernels reach: 4.2 of 4.8 TB/s on the H200 (assumed for the rest).
 BANDWIDTH_SHARE = 0.875
 #: NCCL's bus bandwidth as a share of NVLink's rate one way: 342 of 450 GB/s on 4 H200s.
@@ -89,6 +91,8 @@ class Rates:
         nvme: the whole node.
         source: for people.
         error: relative, of a step's time; stated, not computed.
+        convolution_flops: as `matrix_flops`, for convolutions: PyTorch lets those of fp32 run in TF32 where the GPU has
+            it, at half of the half-precision rate.
     """
 
     peak_flops: float
@@ -104,6 +108,7 @@ class Rates:
     nvme: float
     source: str
     error: float
+    convolution_flops: float = 0.0
 
 
 def rates(hardware: Hardware, precision: str) -> Rates | None:
@@ -117,7 +122,8 @@ def rates(hardware: Hardware, precision: str) -> Rates | None:
         found = _with_measured(found, measured, kind, hardware, precision)
     if hardware.gpus[0].assumed:
         found = replace(found, source=f"assumed to be as fast as {kind.title}: {found.source}", error=0.5)
-    return _between_nodes(found, hardware)
+    tf32 = TF32_SHARE * MATRIX_SHARE * kind.half_flops if kind.capability >= (8, 0) and precision == "fp32" else 0.0
+    return _between_nodes(replace(found, convolution_flops=max(found.matrix_flops, tf32)), hardware)
 
 
 def _published(kind: GpuKind, hardware: Hardware, precision: str) -> Rates:

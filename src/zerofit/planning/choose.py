@@ -366,7 +366,8 @@ def _reason(config: Config, chosen: Candidate, candidates: Sequence[Candidate]) 
 def _pace(candidate: Candidate) -> str:
     if candidate.step is None:
         return ""
-    return f", {format_seconds(candidate.step.step_seconds)} a step, {candidate.step.tokens_per_second:,.0f} tokens/s"
+    pace = f"{candidate.step.tokens_per_second:,.0f} {candidate.plan.model.items}/s"
+    return f", {format_seconds(candidate.step.step_seconds)} a step, {pace}"
 
 
 def _why_not(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
@@ -381,7 +382,8 @@ def _why_not(chosen: Candidate, candidates: Sequence[Candidate]) -> str:
         return ""
     following = min(others, key=_slowness)
     share = _speed(following) / _speed(chosen) - 1
-    return f"Next comes {describe(following.plan)} with {share:+.0%} tokens/s at {format_bytes(following.peak_bytes)}."
+    pace = f"{share:+.0%} {chosen.plan.model.items}/s"
+    return f"Next comes {describe(following.plan)} with {pace} at {format_bytes(following.peak_bytes)}."
 
 
 def _warnings(config: Config, hardware: Hardware, chosen: Candidate) -> list[str]:
@@ -417,11 +419,13 @@ def nothing_fits(candidates: Sequence[Candidate]) -> str:
         f"{describe(c.plan)} {', or '.join(c.remedies[:2])}" for c in sorted(asked, key=_shortfall)[:3] if c.remedies
     ]
     others = [c for c in candidates if not c.asked and c.fits]
+    images = nearest.plan.model.items == "images"
+    shorter = "a smaller data.image_size" if images else "a shorter model.block_size"
     ways += [f"strategy {c.plan.strategy}, offload {c.plan.offload} fits as it is" for c in others[:1]]
     return (
         f"No strategy fits (each at its smallest: the nearest is {describe(nearest.plan)} at micro-batch "
         f"{nearest.plan.micro_batch}, activation checkpointing {recomputed}): {needs}. Ways to make it fit: "
-        f"{'; '.join(ways)}; or shorter samples, or a smaller model."
+        f"{'; '.join(ways)}; or {shorter}, or a smaller model."
     )
 
 

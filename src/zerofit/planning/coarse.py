@@ -1,4 +1,4 @@
-"""Memory of a model that cannot be traced: a closed formula for Transformers, within tens of percent.
+"""Memory of a model that cannot be traced: a closed formula, for Transformers within tens of percent.
 
 P parameters, N ranks, h bytes of the compute type (2 or 4). Bytes on the busiest rank.
 """
@@ -59,21 +59,13 @@ def _root_elements(plan: Plan) -> int:
 
 
 def _activation_bytes(plan: Plan, h: int) -> int:
-    model = plan.model
-    tokens = plan.micro_batch * model.sequence_length
-    block = model.saved_elements_per_token * tokens * h
-    boundary = model.width * tokens * h
-    every = plan.activation_checkpointing_every
-    if not every:
-        return model.depth * block
-    if plan.recomputation != "full":
+    saved = plan.model.saved_elements_per_sample(plan.activation_checkpointing_every)
+    if plan.activation_checkpointing_every and plan.recomputation != "full":
         # Half is less than any of the ways between drops.
-        return model.depth * block // 2 + block
-    checkpointed = math.ceil(model.depth / every)
-    # One checkpointed block at a time is alive again while it is recomputed.
-    return (model.depth - checkpointed) * block + checkpointed * boundary + block
+        saved = max(saved, plan.model.saved_elements_per_sample(0) // 2)
+    return plan.micro_batch * h * saved
 
 
 def _logit_bytes(plan: Plan, h: int) -> int:
     """Logits in the compute type and in fp32, and the fp32 gradient of the softmax."""
-    return plan.micro_batch * plan.model.sequence_length * plan.model.padded_vocab_size * (h + 4 + 4)
+    return plan.micro_batch * plan.model.logits_per_sample * (h + 4 + 4)

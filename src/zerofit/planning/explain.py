@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -10,11 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.durations import ENDLESS_STEPS
-from ..config.schema import Config
+from ..config.schema import Config, DataConfig
 from ..config.stages import describe_data, describe_stages, spans
 from .candidates import Candidate, checkpointing_of, describe, describe_states
 from .choose import Choice
 from .hardware import Hardware
+from .recipes import MOST_SAMPLES, Recipe
 from .sizes import format_bytes, format_seconds
 from .speed import FORMULAS
 
@@ -94,15 +96,15 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
     if states:
         _say(console, f"Optimizer states: {states}.")
     run = f", about {format_seconds(config.max_steps * chosen.step.step_seconds)}" if chosen.step else ""
+    items = f"{plan.global_batch * plan.model.items_per_sample:,} {plan.model.items} a step"
     length = f"{config.max_steps:,} steps{run}" if config.max_steps < ENDLESS_STEPS else f"for {config.duration}"
     _say(
         console,
-        f"Batch: {choice.split.equation()}; {plan.global_batch * plan.model.items_per_sample:,} tokens a step, "
-        f"{length}.",
+        f"Batch: {choice.split.equation()}; {items}, {length}.",
     )
     for line in describe_stages(config):
         _say(console, line)
-    if config.data.sources and not config.stages:
+    if isinstance(config.data, DataConfig) and config.data.sources and not config.stages:
         _say(console, f"Data: {describe_data(config.data)}.")
     if chosen.disk_bytes:
         _say(
@@ -130,7 +132,8 @@ def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool)
     names = [name for name in _columns(choice.candidates[0]) if on_gpu or name not in GPU_COLUMNS]
     names = [name for name in names if wide or name not in (WIDE_GPU_COLUMNS if on_gpu else WIDE_COLUMNS)]
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        heading = name.replace("tokens", choice.candidates[0].plan.model.items)
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
     for candidate in shown:
         chosen, fits = (
@@ -239,6 +242,38 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+def print_recipes(console: Console, found: Sequence[Recipe], batch: int) -> None:
+    """The largest micro-batch of each way to save memory on one GPU, and how many come to `batch`."""
+    if not found:
+        return
+    _say(console, "Largest micro-batch on one GPU (accumulation reaches any batch; batch norm sees micro-batches):")
+    for recipe in found:
+        steps, peak = recipe.accumulation_for(batch), format_bytes(recipe.candidate.peak_bytes)
+        if steps is None:
+            _say(console, f"  {recipe.name}: none, one picture takes {peak}")
+            continue
+        most = f"{recipe.micro_batch}{' or more' if recipe.micro_batch == MOST_SAMPLES else ''}"
+        reached = f"batch {batch} in one pass" if steps == 1 else f"batch {batch} as {batch // steps} x {steps}"
+        _say(console, f"  {recipe.name}: {most} ({peak}); {reached}")
+
+
+def recipes_json(found: Sequence[Recipe]) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [
+        {
+            "name": recipe.name,
+            "micro_batch": recipe.micro_batch,
+            "gpu_driver_bytes": recipe.candidate.peak_bytes,
+            "gpu_peak_bytes": recipe.candidate.memory.allocated_bytes,
+            "strategy": recipe.candidate.plan.strategy,
+            "offload": recipe.candidate.plan.offload,
+            "precision": recipe.candidate.plan.precision,
+            "activation_checkpointing": checkpointing_of(recipe.candidate.plan),
+        }
+        for recipe in found
+    ]
+
+
 def choice_json(choice: Choice, config: Config) -> dict[str, Any]:
     """The same for programs; sizes in bytes, times in seconds."""
     plan = choice.candidates[0].plan
@@ -247,7 +282,7 @@ def choice_json(choice: Choice, config: Config) -> dict[str, Any]:
         "model": {
             "kind": plan.model.kind,
             "parameters": plan.parameters,
-            "flops_per_token": plan.model.flops_per_item(),
+            f"flops_per_{plan.model.items.removesuffix('s')}": plan.model.flops_per_item(),
         },
         "hardware": hardware_json(choice),
         "goal": choice.goal,
@@ -312,7 +347,7 @@ def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
         "disk_bytes": candidate.disk_bytes,
         "step_seconds": step.step_seconds if step else None,
         "step_parts": step.parts if step else None,
-        "tokens_per_second": step.tokens_per_second if step else None,
+        f"{plan.model.items}_per_second": step.tokens_per_second if step else None,
         "mfu": step.mfu if step else None,
         "max_steps": config.max_steps if config.max_steps < ENDLESS_STEPS else None,
         "run_seconds": step.step_seconds * config.max_steps if step and config.max_steps < ENDLESS_STEPS else None,

@@ -7,6 +7,7 @@ allocator. The tests compare each engine model with the engine itself, and model
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -179,10 +180,13 @@ def _predict(plan: Plan, device: DeviceConstants, room_bytes: int | None = None)
 
 def _micro_step(plan: Plan) -> tuple[list[StepEvent], list[int]]:
     """The events of one micro-step, and the bytes of each input."""
-    every = plan.activation_checkpointing_every
+    every, depth = plan.activation_checkpointing_every, plan.model.depth
+    if not plan.model.blocks_alike:
+        whole = store.template(plan, recompute=every > 0)
+        inputs = [slope * plan.micro_batch + offset for slope, offset in whole.inputs]
+        return list(compose(whole, None, depth, 0, plan.micro_batch)), inputs
     plain = store.template(plan, recompute=False)
     recomputed = store.template(plan, recompute=True) if every else None
-    depth = plan.model.depth
     events = list(compose(plain, recomputed, depth, every, plan.micro_batch))
     return events, [slope * plan.micro_batch + offset for slope, offset in plain.inputs]
 
@@ -199,6 +203,8 @@ def _play(
     ledger = Ledger(ROUND_BYTES if on_gpu else 1)
     host = Ledger() if on_gpu else ledger
     workspace = device.workspace_bytes if on_gpu else 0
+    for name, shape in plan.model.buffer_shapes().items():
+        ledger.alloc(("buffer", name), 4 * math.prod(shape) if shape else 8, "buffers")
     simulate(plan, ledger, engine_model(plan, ledger, host, events, room_bytes), events, inputs, workspace)
     return ledger, host
 
@@ -281,5 +287,13 @@ def engine_model(
 def state_bytes(plan: Plan) -> dict[str, int]:
     """Model states between two steps, by item; what `Engine.memory` reports. ``host_*`` items lie in host memory."""
     if plan.strategy == "fsdp2":
-        return fsdp_state_bytes(plan)
-    return zero_state_bytes(plan) if plan.strategy.startswith("zero") else replicated_state_bytes(plan)
+        items = fsdp_state_bytes(plan)
+    else:
+        items = zero_state_bytes(plan) if plan.strategy.startswith("zero") else replicated_state_bytes(plan)
+    buffers = buffer_bytes(plan)
+    return items | ({"buffers": buffers} if buffers else {})
+
+
+def buffer_bytes(plan: Plan) -> int:
+    """Whole on every rank: fp32 statistics, and counters of 8 bytes. Mirrors `engines.buffers`."""
+    return sum(4 * math.prod(shape) if shape else 8 for shape in plan.model.buffer_shapes().values())

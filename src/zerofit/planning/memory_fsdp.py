@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .memory_replicated import CHUNK_ELEMENTS, has_copy
-from .optimizer_states import StateGroup, flat_elements, master_bytes, mean_bytes, state_groups
+from .optimizer_states import StateGroup, decaying, flat_elements, master_bytes, mean_bytes, state_groups
 from .plan import Plan
 from .template import BlockEvent, ModuleEvent, StepEvent
 from .timeline import GATHER, MAIN, REDUCE, Ledger
@@ -209,11 +209,11 @@ def rows_held(shape: Sequence[int], rank: int, ranks: int) -> int:
 
 def shard_groups(plan: Plan, rank: int) -> list[StateGroup]:
     """The optimizer's groups over a rank's rows; a parameter of which it holds none is in no group."""
-    local, decays = {}, {}
+    local, decays = {}, decaying(plan)
     for name, shape in plan.model.parameter_shapes().items():
         held = rows_held(shape, rank, plan.world_size)
         if held:
-            local[name], decays[name] = (held // math.prod(shape[1:]), *shape[1:]), len(shape) >= 2
+            local[name] = (held // math.prod(shape[1:]), *shape[1:])
     return state_groups(plan.optimizer.kind, local, decays)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..config.image_models import ResNetConfig
+from . import speed_images as images
 from .calibration import Rates
 from .optimizer_states import BLOCK, MEANS, planned_groups
 from .plan import Plan, input_bytes
@@ -80,6 +82,9 @@ FORMULAS = (
     ("offload", "gradients to the host hP/N each micro-step, AdamW there 28P/N bytes a rank at the node's rate, "
      "parameters back hP/N; with parameters offloaded, hP/N in for each pass", "measured on H200: 51 and 37 GB/s, "
      "84 GB/s a node for AdamW"),
+    ("convolutions", "FLOPs of all convolutions x samples over 0.5 x matrix rate (fp32 in TF32 where there is some), "
+     "twice that backward; 6.2 elements moved for each of an output (4.65 compiled) over bandwidth",
+     "set to two measurements of ResNet-18 on one H200; not a fit over a range"),
 )  # fmt: skip
 
 
@@ -91,7 +96,7 @@ class StepPrediction:
         parts: seconds by part: ``compute``, ``recompute``, ``launch`` (what launching adds), ``communication`` (not
             hidden), ``optimizer``, ``offload``, ``overhead``.
         step_seconds: their sum.
-        tokens_per_second: of all ranks.
+        tokens_per_second: of all ranks; of a classifier, images.
         mfu: model FLOPs of the tokens over the data sheet's peak, all ranks.
         error: relative, stated.
         source: of the rates.
@@ -107,30 +112,38 @@ class StepPrediction:
 
 def predict_step(plan: Plan, found: Rates | None) -> StepPrediction | None:
     """A step's time; None when the device's rates or the model's work are not known."""
-    work = work_of(plan.model)
-    if found is None or work is None or plan.device != "cuda":
+    if found is None or plan.device != "cuda":
         return None
-    parts = _parts(plan, work, found)
+    work, model = work_of(plan.model), plan.model
+    if isinstance(model, ResNetConfig):
+        modules = 2 * len(model.convolutions()) + 1
+        launch = images.launch_seconds(plan, model) + _hook_seconds(plan, len(model.parameter_shapes()), modules, 0.0)
+        parts = _parts(plan, images.gpu_seconds(plan, model, found), launch, found)
+    elif work is not None:
+        parts = _parts(plan, _gpu_seconds(plan, work, found), _launch_seconds(plan, work), found)
+    else:
+        return None
     seconds = sum(parts.values())
-    tokens_per_second = plan.global_batch * work.sample_tokens / seconds
+    items_per_second = plan.global_batch * model.items_per_sample / seconds
     return StepPrediction(
         parts=parts,
         step_seconds=seconds,
-        tokens_per_second=tokens_per_second,
-        mfu=tokens_per_second * work.step_flops / (found.peak_flops * plan.world_size),
+        tokens_per_second=items_per_second,
+        mfu=items_per_second * model.flops_per_item() / (found.peak_flops * plan.world_size),
         error=found.error,
         source=found.source,
     )
 
 
-def _parts(plan: Plan, work: Work, found: Rates) -> dict[str, float]:
+def _parts(plan: Plan, micro_step: tuple[float, float, float], launch: float, found: Rates) -> dict[str, float]:
+    """Of a step, from the forward pass, backward pass and recomputation of a micro-step on the GPU, and the time of
+    launching them."""
     steps = plan.accumulation_steps
-    forward, backward, recompute = _gpu_seconds(plan, work, found)
+    forward, backward, recompute = micro_step
     straggle = STRAGGLER if plan.world_size > 1 else 1.0
     forward, backward, recompute = forward * straggle, backward * straggle, recompute * straggle
     on_gpu = forward + backward + recompute
     each, last, after = _communication(plan, found, backward + recompute)
-    launch = _launch_seconds(plan, work)
     # A micro-step takes the longer of launching and what was launched, collectives included.
     idle = (steps - 1) * max(0.0, launch - on_gpu - each) + max(0.0, launch - on_gpu - last)
     return {
@@ -182,14 +195,18 @@ def _launch_seconds(plan: Plan, work: Work) -> float:
     """What the process that launches the kernels of one micro-step needs itself."""
     kernels = work.blocks * work.kernels["compiled" if plan.compile else "eager"]
     seconds = kernels * KERNEL_SECONDS * (1 + _checkpointed_share(plan, work) / 3)
+    return seconds + _hook_seconds(plan, work.tensors, work.modules, _checkpointed_share(plan, work))
+
+
+def _hook_seconds(plan: Plan, tensors: int, modules: int, checkpointed: float) -> float:
+    """What the strategy's hooks take of the launching process."""
     if plan.strategy == "zero3":
-        # Recomputation gathers once more.
-        return seconds + (2 + _checkpointed_share(plan, work)) * work.modules * ZERO3_MODULE_SECONDS
+        return (2 + checkpointed) * modules * ZERO3_MODULE_SECONDS  # recomputation gathers once more
     if plan.strategy == "fsdp2":
         # Blocks and the rest; gathered in either pass, reduced once.
-        return seconds + 3 * (work.blocks + 1) * FSDP_GROUP_SECONDS
+        return 3 * (plan.model.depth + 1) * FSDP_GROUP_SECONDS
     hook = ZERO_HOOK_SECONDS if plan.strategy.startswith("zero") else DDP_HOOK_SECONDS if plan.world_size > 1 else 0.0
-    return seconds + work.tensors * hook
+    return tensors * hook
 
 
 def _communication(plan: Plan, found: Rates, backward: float) -> tuple[float, float, float]:

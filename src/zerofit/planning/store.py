@@ -52,6 +52,7 @@ class TraceKey:
         compiled: with `ModelSpec.compiled_units` compiled.
         device: ``cuda`` or ``cpu``.
         offloaded: inputs of recomputed blocks lie in host memory.
+        every: every n-th block is recomputed, where blocks differ and are all traced (`ModelShape.blocks_alike`).
     """
 
     model: Mapping[str, Any]
@@ -60,6 +61,7 @@ class TraceKey:
     compiled: bool
     device: str
     offloaded: bool = False
+    every: int = 1
 
     @property
     def text(self) -> str:
@@ -71,9 +73,16 @@ class TraceKey:
 def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
     """The trace that a plan needs for one kind of its blocks: those that are recomputed, or the others."""
     shallow = plan.model.with_depth(min(plan.model.depth, TRACED_DEPTH))
-    kind = plan.recomputation if recompute else None
-    offloaded = recompute and plan.activation_offload == "cpu" and plan.device == "cuda"
-    return TraceKey(shallow.model_dump(mode="json"), 2 if plan.mixed else 4, kind, plan.compile, plan.device, offloaded)
+    weights = {"weights_from", "pretrained"}  # where they come from changes no size
+    return TraceKey(
+        shallow.model_dump(mode="json", exclude=weights),
+        2 if plan.mixed else 4,
+        plan.recomputation if recompute else None,
+        plan.compile,
+        plan.device,
+        offloaded=recompute and plan.activation_offload == "cpu" and plan.device == "cuda",
+        every=plan.activation_checkpointing_every if recompute and not plan.model.blocks_alike else 1,
+    )
 
 
 def template(plan: Plan, *, recompute: bool) -> Template:
@@ -108,6 +117,7 @@ def trace_now(plan: Plan, key: TraceKey) -> Template:
         compiled=key.compiled,
         device=key.device,
         offloaded=key.offloaded,
+        every=key.every,
     )
 
 

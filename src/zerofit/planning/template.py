@@ -76,7 +76,7 @@ class Template:
     Attributes:
         forward, backward: position -> events, positions 0 to ``depth + 1``.
         inputs: (slope, offset) of each input tensor's bytes.
-        block_name: name of block ``{}`` within the model.
+        block_name: name of block ``{}`` within the model, or the names of all blocks with ``|`` between; see `name_of`.
     """
 
     depth: int
@@ -140,7 +140,7 @@ def _composed(
         yield BlockEvent(f"{letter}+", "")
         for position in order:
             template = kind(position)
-            name = template.block_name.format(position - 1) if 1 <= position <= depth else None
+            name = name_of(template.block_name, position) if 1 <= position <= depth else None
             if name is not None:
                 yield BlockEvent(f"{letter}+", name)
             events = template.segment(which, position, depth)
@@ -150,10 +150,18 @@ def _composed(
         yield BlockEvent(f"{letter}-", "")
 
 
+def name_of(block_name: str, position: int) -> str:
+    """Name of the block at a position (the first has 1); of a position outside the blocks one that nothing has."""
+    names = block_name.split("|")
+    if len(names) == 1:
+        return block_name.format(position - 1)
+    return names[position - 1] if 1 <= position <= len(names) else "|"
+
+
 def _placed(
     events: Sequence[Event], which: int, position: int, depth: int, block_name: str, samples: int
 ) -> Iterator[StepEvent]:
-    name = block_name.format(position - 1)
+    name = name_of(block_name, position)
 
     def key(where: int, anchor: int, value: int, number: int) -> tuple[int, int, int]:
         return where, (0, depth + 1, position + value)[anchor], number

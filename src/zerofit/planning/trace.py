@@ -3,6 +3,7 @@
 The model is built under the compute dtype in a FakeTensorMode (shapes and storages, no data), and a dispatch mode
 notes each new storage and, through a finaliser, the moment in which Python and autograd let go of it. Two points in
 the batch give slope and offset of every size, four blocks give first, middle and last; `template` composes any size.
+Where blocks differ (`ModelShape.blocks_alike`) all of them are traced.
 
 The fake device is the CPU, because a fake GPU needs a CUDA build of PyTorch. Where GPU kernels differ, the trace
 follows the GPU: attention with dropout stays fused, dropout keeps one byte an element, and what kernels allocate for
@@ -29,7 +30,7 @@ from ..config.models import Recomputation
 from ..config.schema import Precision
 from ..models.base import ModelSpec
 from ..models.offload import TracedOffload
-from .template import BACKWARD, FORWARD, Event, Template
+from .template import BACKWARD, FORWARD, Event, Template, name_of
 from .trace_compiled import stand_in
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,13 +56,15 @@ def trace_template(
     compiled: bool,
     device: str,
     offloaded: bool = False,
+    every: int = 1,
 ) -> Template:
     """Trace one kind of blocks.
 
     Args:
         spec, config: the model.
         precision: of the compute copy.
-        recompute: what every block recomputes of its activations; None keeps them.
+        recompute: what every block recomputes of its activations (of blocks that differ, every `every`-th); None keeps
+            them.
         compiled: with `ModelSpec.compiled_units` compiled; no module events then.
         device: ``cuda`` or ``cpu``, whose kernels the trace follows.
         offloaded: with the blocks' inputs in host memory.
@@ -74,7 +77,7 @@ def trace_template(
         spec,
         shallow(config, DEPTH),
         DTYPES[precision],
-        int(recompute is not None),
+        every if recompute is not None else 0,
         device=device,
         compiled=compiled,
         recomputation=recompute or "full",
@@ -84,11 +87,12 @@ def trace_template(
     for samples in SAMPLES:
         try:
             template = _merged([build(samples=count).segments() for count in samples], samples)
-            _check_middle(template)
+            if config.blocks_alike:
+                _check_middle(template)
         except TraceError as reason:
             failure = failure or reason
-        except Exception as reason:  # whatever a model does that fake tensors cannot
-            raise TraceError(f"{type(reason).__name__}: {reason}") from reason
+        except Exception as reason:  # whatever a model does that fake tensors cannot, or with a single sample
+            failure = failure or TraceError(f"{type(reason).__name__}: {reason}")
         else:
             return template
     assert failure is not None
@@ -198,6 +202,9 @@ class _Storages(TorchDispatchMode):
 def _kernel_bytes(func: Any, args: Any) -> int:
     """What the CUDA kernel behind an operator allocates for itself, freed when it is launched.
 
+    Convolutions (cuDNN): assumed, until it is measured, that the gradient of the weights is summed in an fp32 copy of
+    them, and that a forward pass and the gradient of the input need no more than that.
+
     Attention backward (FlashAttention 2, ``flash_api.cpp``): the query's gradient accumulates in fp32, rows padded to
     128, and one fp32 number a row. Embedding backward (``Embedding.cu``): sorted indices, and fp32 partial sums of
     segments of ten (not for up to 3072 indices; counted there too, so that sizes stay linear). Head with its loss
@@ -209,6 +216,9 @@ def _kernel_bytes(func: Any, args: Any) -> int:
         batch, heads, tokens, size = args[1].shape
         rows = batch * heads * (-(-tokens // 128) * 128)
         return int(4 * rows * (-(-size // 32) * 32) + 4 * rows)
+    if name.startswith("convolution"):
+        weight = args[2] if "backward" in name else args[1]
+        return int(4 * weight.numel())
     if name.startswith("embedding_dense_backward"):
         row_bytes = 4 * args[0].shape[-1]
         return int(args[1].numel() * (4 * 8 + row_bytes + -(-row_bytes // 10)))
@@ -296,7 +306,7 @@ class _Recording:
                 offload = TracedOffload(self.mode.unrecorded)
                 for block in self.blocks:
                     vars(block)["input_offload"] = offload
-            self.block_name = _block_name(model, self.blocks)
+            self.block_name = _block_name(model, self.blocks, config.blocks_alike)
             self._names = {parameter: name for name, parameter in model.named_parameters()}
             for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
                 self.mode.ignore(tensor)
@@ -413,8 +423,11 @@ def _first(value: Any) -> Tensor:
     return tensors[0]
 
 
-def _block_name(model: nn.Module, blocks: Sequence[nn.Module]) -> str:
+def _block_name(model: nn.Module, blocks: Sequence[nn.Module], alike: bool) -> str:
+    """With ``{}`` for the number; where blocks differ all names, see `template.name_of`."""
     names = {module: name for name, module in model.named_modules()}
+    if not alike:
+        return "|".join(names[block] for block in blocks)
     pattern = re.sub(r"\d+$", "{}", names[blocks[0]])
     if any(names[block] != pattern.format(index) for index, block in enumerate(blocks)):
         raise TraceError("the blocks' names do not count from 0")
@@ -471,7 +484,7 @@ class _Cutter:
         return which, 2, home - position, number
 
     def _general(self, name: str, position: int) -> str:
-        prefix = self.block_name.format(position - 1) + "."
+        prefix = name_of(self.block_name, position) + "."
         return "@." + name.removeprefix(prefix) if name.startswith(prefix) else name
 
 

@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from ..config.models import ModelShape
     from .base import Task
 
-TASKS = {"language_modeling": "zerofit.tasks.language_modeling:TASK"}
+TASKS = {
+    "language_modeling": "zerofit.tasks.language_modeling:TASK",
+    "image_classification": "zerofit.tasks.image_classification:TASK",
+}
 
 
 def task_of(model: ModelShape) -> Task:

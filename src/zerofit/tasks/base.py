@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..config.schema import Config
@@ -43,11 +45,48 @@ class Feed:
         train: its training batches.
         evaluation: split, or SPLIT/SOURCE -> its batches of an evaluation; equally many on every rank.
         probe: the sample that checkpoints carry with its loss; the same on every rank.
+        transform: what the engine does with a batch's inputs on the device before the model sees them (decoding,
+            augmentation), ``(inputs, training) -> inputs``; None: nothing.
     """
 
     train: Loader
     evaluation: Mapping[str, Sequence[Batch]]
     probe: Batch
+    transform: Callable[[dict[str, Tensor], bool], dict[str, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Best:
+    """What makes one evaluation better than another: the ``best`` checkpoint follows it."""
+
+    metric: str
+    """Of an evaluation, as in ``events.jsonl``: ``val_loss``."""
+    highest: bool = False
+
+    def better(self, value: float, than: float | None) -> bool:
+        """Whether `value` is better than the best so far (None: there is none)."""
+        if math.isnan(value):
+            return False
+        return than is None or (value > than if self.highest else value < than)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a finished run offers for last words.
+
+    Attributes:
+        predict: the model's output for inputs; collective.
+        add: adds up a tensor over the ranks; collective.
+        folder: the run's; the main rank may write there.
+    """
+
+    config: Config
+    model: ModelConfig
+    feed: Feed
+    predict: Callable[[Mapping[str, Tensor]], Tensor]
+    add: Callable[[Tensor], Tensor]
+    folder: Path
+    is_main: bool
 
 
 class Task(Protocol):
@@ -55,6 +94,8 @@ class Task(Protocol):
 
     items: str
     """What is counted and averaged over, in the plural: ``tokens``."""
+    best: Best
+    """Which evaluation is the best."""
 
     def prepare(self, config: Config, say: Callable[[str], None]) -> None:
         """Make the data when it is not there and the configuration says of what.
@@ -87,6 +128,10 @@ class Task(Protocol):
             DataError: there is no data.
         """
 
+    def facts(self, config: Config) -> dict[str, Any]:
+        """What travels with a checkpoint so that its model can be used without the data (the names of the classes);
+        JSON-ready."""
+
     def open(self, config: Config, model: ModelConfig, share: Share, *, pin_memory: bool) -> Feed:
         """Open the data for one rank."""
 
@@ -102,3 +147,6 @@ class Task(Protocol):
     def words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
         """What a run shows of its model at the end and every ``sample_interval`` steps (a text that it writes), or
         None. Collective where `predict` is: every rank calls it equally often, whatever comes of it."""
+
+    def finish(self, ending: Ending) -> str | None:
+        """What a finished run says of its model at last, and may leave in its folder. Collective."""

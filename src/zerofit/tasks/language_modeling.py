@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ..config.schema import Config
+from ..config.models import LanguageModelShape, ModelShape
+from ..config.schema import Config, DataConfig
 from ..data.run_data import (
     all_data,
     check_all,
@@ -21,7 +22,7 @@ from ..data.run_data import (
     vocabulary_of,
 )
 from ..types import Batch, LossSum
-from .base import Feed
+from .base import Best, Ending, Feed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,18 +38,22 @@ class LanguageModeling:
     """Predict each next token. See `zerofit.tasks.base.Task`."""
 
     items = "tokens"
+    best = Best("val_loss")
 
     def prepare(self, config: Config, say: Callable[[str], None]) -> None:
         prepare_all(config, say, Console(stderr=True))
 
     def decided_by_data(self, config: Config) -> dict[str, object]:
-        return {} if config.model.vocab_size is not None else {"vocab_size": vocabulary_of(config)}
+        return {} if language_model(config.model).vocab_size is not None else {"vocab_size": vocabulary_of(config)}
 
     def check(self, config: Config) -> Sequence[str]:
         return check_all(config)
 
     def epoch_samples(self, config: Config) -> int:
-        return open_data(config.data, "train", config.model, config.seed).samples
+        return open_data(tokens_of(config), "train", language_model(config.model), config.seed).samples
+
+    def facts(self, config: Config) -> dict[str, Any]:
+        return {}
 
     def fingerprint(self, config: Config) -> dict[str, dict[str, Any]]:
         return fingerprints(config)
@@ -56,8 +61,9 @@ class LanguageModeling:
     def open(self, config: Config, model: ModelConfig, share: Share, *, pin_memory: bool) -> Feed:
         from ..data.loader import TrainLoader, collate, evaluation_window
 
-        train = open_training(config, model, share.global_batch)
-        splits = open_evaluation(all_data(config), model, config.seed)
+        shape = language_model(model)
+        train = open_training(config, shape, share.global_batch)
+        splits = open_evaluation(all_data(config), shape, config.seed)
         probe = collate(splits["val"].window(splits["val"].spread_starts(1)))
         return Feed(
             TrainLoader(train, share, pin_memory),
@@ -73,8 +79,9 @@ class LanguageModeling:
 
         from ..data.loader import collate
 
-        vocabulary = model.vocab_size or model.padded_vocab_size
-        return collate(torch.randint(0, vocabulary, (samples, model.sequence_length + 1), generator=generator).numpy())
+        shape = language_model(model)
+        vocabulary = shape.vocab_size or shape.padded_vocab_size
+        return collate(torch.randint(0, vocabulary, (samples, shape.sequence_length + 1), generator=generator).numpy())
 
     def metrics(self, sums: Mapping[str, LossSum]) -> dict[str, float]:
         return metrics(sums)
@@ -83,15 +90,31 @@ class LanguageModeling:
         from ..data.tokenizers import load_tokenizer
         from .sampling import generate
 
-        tokenizer = load_tokenizer(first_folder(config.data))
+        tokenizer = load_tokenizer(first_folder(tokens_of(config)))
         if not config.sample_tokens or tokenizer is None:
             return None
         prompt = tokenizer.encode(config.sample_prompt).tolist()
-        tokens = generate(predict, prompt, config.sample_tokens, block_size=model.sequence_length, seed=config.seed)
+        length = language_model(model).sequence_length
+        tokens = generate(predict, prompt, config.sample_tokens, block_size=length, seed=config.seed)
         return tokenizer.decode(tokens[len(prompt) :])
+
+    def finish(self, ending: Ending) -> str | None:
+        return None
 
 
 TASK = LanguageModeling()
+
+
+def language_model(model: ModelShape) -> LanguageModelShape:
+    """The shape of a model of this task."""
+    assert isinstance(model, LanguageModelShape)  # `tasks.task_of` has chosen this task by the model
+    return model
+
+
+def tokens_of(config: Config) -> DataConfig:
+    """The data of a configuration of this task."""
+    assert isinstance(config.data, DataConfig)  # `Config` refuses other data
+    return config.data
 
 
 def metrics(sums: Mapping[str, LossSum]) -> dict[str, float]:

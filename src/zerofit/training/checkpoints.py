@@ -13,6 +13,7 @@ from ..config.stages import stage_ending_at
 from ..engines.base import Engine
 from ..errors import TrainingFailed
 from ..planning.plan import Plan
+from ..tasks.base import Best, Task
 from ..types import SAVE, Batch, Pending, World
 from .events import EventLog
 from .probe import probe_loss
@@ -29,6 +30,7 @@ class Checkpoints:
     """One rank's checkpoints of one run. Methods are collective unless they say otherwise.
 
     Args:
+        task: knows what is best, and what travels with a checkpoint.
         data: fingerprint of the data that is trained on.
         probe: the sample that every checkpoint carries with its loss; the same on every rank.
     """
@@ -40,6 +42,7 @@ class Checkpoints:
         config: Config,
         plan: Plan,
         world: World,
+        task: Task,
         data: dict[str, Any],
         probe: Batch,
         events: EventLog,
@@ -47,6 +50,7 @@ class Checkpoints:
     ) -> None:
         self.saver, self.engine, self.config, self.plan, self.world = saver, engine, config, plan, world
         self.data, self.probe, self.events, self.display = data, probe, events, display
+        self.best, self.facts = task.best, task.facts(config)
         #: Where the run ends: the clock or early stopping may end it before ``max_steps``.
         self.last_step = config.max_steps
         self._probed: tuple[int, Pending[float]] | None = None
@@ -156,7 +160,8 @@ class Checkpoints:
     def _state(self, progress: Progress, loss: float) -> dict[str, Any]:
         return {
             "config": self.config.model_dump(mode="json"),
-            "model": self.plan.model.model_dump(),
+            "model": self.plan.model.model_dump(mode="json"),
+            "facts": self.facts,
             "strategy": self.plan.strategy,
             "offload": self.plan.offload,
             "world_size": self.plan.world_size,
@@ -166,7 +171,11 @@ class Checkpoints:
             "data": self.data,
             "metrics": progress.metrics,
             "metrics_step": progress.metrics_step,
-            "best_loss": progress.best_loss if progress.best_step is not None else None,
+            "best_metric": self.best.metric,
+            "best_highest": self.best.highest,
+            "best_value": progress.best_value,
+            # The same under its older name, where it is a loss: formats of other programs have a place for it.
+            "best_loss": progress.best_value if self.best == Best("val_loss") else None,
             "best_step": progress.best_step,
             "skips_in_a_row": progress.skips_in_a_row,
             "train_seconds": progress.train_seconds,

@@ -18,7 +18,7 @@ from ..errors import ConfigError, Interrupted, TrainingFailed
 from ..models.base import ModelSpec
 from ..planning.gpus import match_name
 from ..planning.plan import Plan
-from ..tasks.base import Loader
+from ..tasks.base import Loader, Task
 from ..types import FINISH, SAVE, STOP, PendingStep, StepResult, World
 from .checkpoints import FINAL_PATIENCE_SECONDS, Checkpoints
 from .evaluate import Evaluator
@@ -42,6 +42,7 @@ class Trainer:
         config: Config,
         plan: Plan,
         spec: ModelSpec[Any],
+        task: Task,
         engine: Engine,
         loader: Loader,
         evaluator: Evaluator,
@@ -57,6 +58,7 @@ class Trainer:
         self.evaluator, self.world, self.display, self.events = evaluator, world, display, events
         self.stop, self.progress = stop, progress
         self.checkpoints, self.words = checkpoints, words
+        self.items, self.best = task.items, task.best
         self.flops_per_item = spec.flops_per_item(plan.model)
         self.peak_flops = _peak_flops(world, plan)
         self.scorecard = Scorecard(plan, world)
@@ -134,6 +136,8 @@ class Trainer:
 
     def _evaluation_is_due(self, done: int) -> bool:
         interval = self.config.eval_interval
+        if interval == "epoch":
+            return self._epoch_ends(done) or done == self.last_step
         return interval != "never" and (done % interval == 0 or done == self.last_step)
 
     def _save_is_due(self, done: int) -> bool:
@@ -145,39 +149,43 @@ class Trainer:
         if interval == "evaluation":
             return self._evaluation_is_due(done)
         if interval == "epoch":
-            return self.loader.epoch_of_step(done) > self.loader.epoch_of_step(done - 1)
+            return self._epoch_ends(done)
         return done % interval == 0
+
+    def _epoch_ends(self, done: int) -> bool:
+        return self.loader.epoch_of_step(done) > self.loader.epoch_of_step(done - 1)
 
     def _record(self, step: int, pending: PendingStep) -> int:
         """Write what became of `step`; returns the agreed wishes. Waits for that step, not for the one after."""
         result = pending.read()
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
-        tokens_per_second = result.weight / seconds
+        items_per_second = result.weight / seconds
         event = {
             "step": step + 1,
             "loss": result.loss,
             "learning_rate": learning_rate(self.config, step),
             "grad_norm": result.grad_norm,
             "step_seconds": seconds,
-            "tokens_per_second": tokens_per_second,
-            "mfu": self._mfu(tokens_per_second),
+            f"{self.items}_per_second": items_per_second,
+            "mfu": self._mfu(items_per_second),
             "loss_scale": result.loss_scale,
             "skipped": result.skipped,
-            "valid_tokens": result.weight,
+            f"valid_{self.items}": result.weight,
+            "epoch": self.loader.epoch_of_step(step),
             **_peaks(self.world),
         }
         self.events.write("step", **event)
         self.scorecard.step(seconds)
-        self.display.step(step + 1, event)
+        self.display.step(step + 1, {**event, "metrics": self.progress.metrics})
         self.checkpoints.tell()
         self._watch(step + 1, result)
         return result.wishes
 
-    def _mfu(self, tokens_per_second: float) -> float | None:
+    def _mfu(self, items_per_second: float) -> float | None:
         if self.peak_flops is None:
             return None
-        return tokens_per_second * self.flops_per_item / (self.peak_flops * self.world.world_size)
+        return items_per_second * self.flops_per_item / (self.peak_flops * self.world.world_size)
 
     def _watch(self, step: int, result: StepResult) -> None:
         """Count skipped steps; the same on every rank, so that all give up together."""
@@ -209,15 +217,16 @@ class Trainer:
         return words
 
     def _evaluate(self, done: int) -> bool:
-        """Evaluate, tell, and say whether the validation loss is the best so far."""
+        """Evaluate, tell, and say whether this is the best so far (`tasks.base.Best`)."""
         started = time.perf_counter()
         metrics = self.evaluator.evaluate(self.engine)
-        self.events.write("eval", step=done, **metrics, eval_seconds=time.perf_counter() - started)
+        epoch = self.loader.epoch_of_step(done - 1)
+        self.events.write("eval", step=done, epoch=epoch, **metrics, eval_seconds=time.perf_counter() - started)
         self.progress.metrics, self.progress.metrics_step = metrics, done
-        improved = metrics["val_loss"] < self.progress.best_loss
+        improved = self.best.better(metrics[self.best.metric], self.progress.best_value)
         self.display.evaluation(done, metrics, improved)
         if improved:
-            self.progress.best_loss, self.progress.best_step = metrics["val_loss"], done
+            self.progress.best_value, self.progress.best_step = metrics[self.best.metric], done
         self._watch_metric(done, metrics)
         return improved
 

@@ -137,6 +137,10 @@ def describe_evaluation(step: int, metrics: dict[str, float], improved: bool) ->
 def describe_step(event: dict[str, Any]) -> str:
     """One step in a few words."""
     parts = [f"loss {event['loss']:.4f}", f"lr {event['learning_rate']:.2e}"]
+    if event.get("images_per_second"):
+        parts = [f"epoch {event['epoch'] + 1}", *parts, f"{event['images_per_second']:,.0f} images/s"]
+        accuracy = event.get("metrics", {}).get("val_accuracy")
+        parts += [] if accuracy is None else [f"val accuracy {accuracy:.1%}"]
     if event.get("tokens_per_second"):
         parts.append(f"{event['tokens_per_second']:,.0f} tok/s")
     if event.get("mfu"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from functools import partial
 
@@ -10,18 +9,22 @@ from torch.distributed import Store
 
 from ..checkpoint.initial import open_initial
 from ..checkpoint.model import initial_reader, parameters_only
+from ..checkpoint.pretrained import starting_reader
 from ..checkpoint.retention import Retention
 from ..checkpoint.saver import Saver
 from ..checkpoint.source import Source, open_source
 from ..checkpoint.store import open_checkpoint
+from ..config.image_models import ImageModelShape
 from ..config.load import load_config
 from ..data.loader import Share
 from ..engines.base import Engine
 from ..engines.build import build
+from ..engines.common import add_over_ranks
 from ..engines.world import open_world
 from ..models import model_spec
 from ..planning.plan import Plan
 from ..tasks import task_of
+from ..tasks.base import Ending
 from ..types import Batch
 from .checkpoints import Checkpoints
 from .evaluate import Evaluator
@@ -48,6 +51,7 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         share = Share(plan.micro_batch, plan.accumulation_steps, world.rank, world.world_size)
         feed = task.open(config, plan.model, share, pin_memory=plan.device == "cuda")
         cleanup.callback(feed.train.close)
+        engine.inputs.transform = feed.transform
         evaluator = Evaluator(task, feed.evaluation)
         events = EventLog(run / "events.jsonl", world.is_main)
         cleanup.callback(events.close)
@@ -65,11 +69,12 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         cleanup.callback(saver.close)
         data = task.fingerprint(config)
         words = partial(task.words, config, plan.model, lambda inputs: engine.predict(Batch({"tokens": inputs}, 1)))
-        checkpoints = Checkpoints(saver, engine, config, plan, world, data, feed.probe, events, display)
+        checkpoints = Checkpoints(saver, engine, config, plan, world, task, data, feed.probe, events, display)
         Trainer(
             config,
             plan,
             spec,
+            task,
             engine,
             feed.train,
             evaluator,
@@ -81,6 +86,17 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
             progress,
             words,
         ).train()
+        ending = Ending(
+            config,
+            plan.model,
+            feed,
+            lambda inputs: engine.predict(Batch(inputs, 1)),
+            lambda tensor: add_over_ranks(tensor, world),
+            run,
+            world.is_main,
+        )
+        if last := task.finish(ending):
+            display.say(last)
         display.say(f"Run folder: {run}")
 
 
@@ -92,7 +108,11 @@ def load_weights(engine: Engine, prepared: PreparedRun) -> tuple[Progress, Sourc
     """
     plan, start = prepared.plan, prepared.start
     if start.checkpoint is None:
-        engine.load(initial_reader(model_spec(plan.model.kind), plan.model, plan.seed))
+        spec = model_spec(plan.model.kind)
+        if isinstance(plan.model, ImageModelShape):
+            engine.load(starting_reader(spec, plan.model, plan.seed))
+        else:
+            engine.load(initial_reader(spec, plan.model, plan.seed))
         return Progress(), None
     if start.how == "resume":
         source: Source = open_checkpoint(start.checkpoint)  # its bytes were checked when the run was prepared
@@ -108,10 +128,10 @@ def load_weights(engine: Engine, prepared: PreparedRun) -> tuple[Progress, Sourc
 
 def progress_of(source: Source) -> Progress:
     """What the loop remembered when the source was written, as far as the source tells."""
-    state, best = source.state, source.state.get("best_loss")
+    state = source.state
     return Progress(
         step=source.step or 0,
-        best_loss=math.inf if best is None else best,
+        best_value=state.get("best_value", state.get("best_loss")),
         best_step=state.get("best_step"),
         metrics=dict(state.get("metrics") or {}),
         metrics_step=state.get("metrics_step"),

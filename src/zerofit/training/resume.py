@@ -15,7 +15,8 @@ from ..planning.plan import Plan
 #: Keys that a resumed run may set anew: duration, learning rate, intervals, batch split, strategy, hardware, names.
 #: The whole batch and the data are compared as what they come to, not as they were written.
 MAY_CHANGE = (
-    "name", "runs_dir", "init_from", "data.path", "data.prepare", "data.val_fraction",
+    "name", "runs_dir", "init_from", "data.path", "data.prepare", "data.val_fraction", "data.num_workers",
+    "data.prefetch_factor", "data.pin_memory", "data.max_bad_fraction", "model.weights_from", "model.pretrained",
     "data.sources.*.path", "data.sources.*.prepare", "data.split", "data.text_key", "data.subset", "data.errors",
     "max_steps", "duration", "optimizer.learning_rate", "optimizer.cpu_kernel", "optimizer.state", "optimizer.master",
     "schedule.*", "early_stopping.*", "ema_decay",
@@ -52,12 +53,13 @@ def check_resumable(folder: Path, manifest: Manifest, config: Config, plan: Plan
         if not may_change(key) and before.get(key) != now.get(key):
             _refuse_another(folder, key, before.get(key), now.get(key))
     for split, found in data.items():
-        trained = state["data"].get(split, {"tokens": 0})
+        items = "samples" if "samples" in found else "tokens"
+        trained = state["data"].get(split, {items: 0})
         if trained != found:
-            others = " others" if trained["tokens"] == found["tokens"] else ""
+            others = " others" if trained.get(items) == found[items] else ""
             raise CheckpointError(
-                f"Checkpoint {folder} was trained on other data: its {split} split had {trained['tokens']} tokens, and "
-                f"the one in {config.data.path} has {found['tokens']}{others}. A resumed run goes on where it was in "
+                f"Checkpoint {folder} was trained on other data: its {split} split had {trained.get(items)} {items}, "
+                f"and the one in {config.data.path} has {found[items]}{others}. A resumed run goes on where it was in "
                 f"the same data; set data.path to it, or start a new run with --load-checkpoint {folder} "
                 f"--weights-only."
             )

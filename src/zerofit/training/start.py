@@ -15,6 +15,7 @@ from ..checkpoint.initial import locate_initial
 from ..checkpoint.manifest import MANIFEST, check_same_model, read_manifest, step_name
 from ..config.arguments import Request
 from ..config.durations import parse_duration
+from ..config.image_models import ImageModelShape
 from ..config.load import COMMAND_LINE, DEFAULT, ResolvedConfig
 from ..config.models import HuggingFaceConfig
 from ..config.schema import Config
@@ -318,6 +319,13 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
             _warn_of_another_vocabulary(config, console)
         # Of another tool's folder the ranks look at all that lies there, as was done here.
         return Start(start.how, source.folder if (source.folder / MANIFEST).is_file() else start.checkpoint)
+    model = plan.model
+    if isinstance(model, ImageModelShape) and (model.pretrained or model.weights_from is not None):
+        from ..checkpoint.pretrained import starting_weights
+
+        lacking = model.parameter_shapes().keys() - (starting_weights(model) or {}).keys()
+        afresh = f"; {', '.join(sorted(lacking))} start afresh" if lacking else ""
+        _say(console, f"Weights from {model.weights_from or 'torchvision'}{afresh}.")
     return start
 
 

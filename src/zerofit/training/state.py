@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 
@@ -12,8 +11,8 @@ class Progress:
 
     step: int = 0
     """Attempted optimizer steps: the data cursor is ``step * global_batch``."""
-    best_loss: float = math.inf
-    """Lowest validation loss so far."""
+    best_value: float | None = None
+    """The best value so far of what the task calls best (`tasks.base.Best`)."""
     best_step: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     """Newest evaluation."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...config.models import ModelConfig
+from ...config.models import LanguageModelShape, ModelConfig
 from ...errors import CheckpointError
 from .contents import MOMENTS, PARAMETER, ROLES, Contents
 from .names import ARCHITECTURES, Architecture, recognized
@@ -147,7 +147,7 @@ def _with_vocabulary(
 ) -> ModelConfig:
     """A configuration may leave the vocabulary to the data; here the source's table has it."""
     table = architecture.vocabulary_table
-    if model.vocab_size is not None or table is None:
+    if not isinstance(model, LanguageModelShape) or model.vocab_size is not None or table is None:
         return model
     if table not in shapes:
         raise CheckpointError(f"{contents.folder} ({contents.what}) lacks {table}. Name the model it was written from.")
@@ -159,7 +159,7 @@ def _with_vocabulary(
 def _fit_vocabulary(contents: Contents, tensors: Tensors, architecture: Architecture, model: ModelConfig) -> None:
     """Cut padding rows of the source's table, or add the rows with which this model pads its own."""
     name = architecture.vocabulary_table
-    if name is None or name not in tensors[PARAMETER]:
+    if name is None or name not in tensors[PARAMETER] or not isinstance(model, LanguageModelShape):
         return
     rows, wanted, used = tensors[PARAMETER][name].shape[0], model.parameter_shapes()[name][0], model.vocab_size
     assert used is not None
