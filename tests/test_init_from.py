@@ -99,7 +99,7 @@ def test_a_model_of_transformers_computes_the_same_and_goes_back(
     config = (run / "config.yaml").read_text()
     assert f"n_embd: 32  # init_from {theirs}" in config
     assert "dropout: 0.0  # default" in config  # theirs is 0.1, which is a matter of training
-    export(run, tmp_path / "hf", "huggingface", "fp32", "latest", "5GB", None, None, False, False)
+    export(run, tmp_path / "hf", "huggingface")
     back = _their_model(tmp_path / "hf")
     torch.testing.assert_close(back(ids).logits, original(ids).logits, rtol=0, atol=1e-5)
     again = back.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist()

@@ -312,5 +312,5 @@ def test_a_run_with_a_mixture_and_stages_resumes_inside_a_stage(
     _train(path, "two", "--resume", "5")
     assert _losses(two)[8:] == pytest.approx(_losses(run)[5:], abs=1e-5)
     capsys.readouterr()
-    evaluate(run, "latest", None, 2, 4, True)
+    evaluate(run, "latest", batches=2, micro_batch=4, as_json=True)
     assert {"val_loss", "val_loss_a", "val_loss_c"} <= json.loads(capsys.readouterr().out).keys()

@@ -288,10 +288,10 @@ class _Save:
         wanted = [self.work / f"rank-{rank:05d}.json" for rank in range(self.saver.world.world_size)]
         deadline = time.monotonic() + self.saver.patience_seconds
         while missing := [path for path in wanted if not path.exists()]:
+            for failed in self.work.glob("rank-*.failed"):  # first: it tells why the others were told to stop
+                raise OSError(f"{failed.stem}: {failed.read_text(encoding='utf-8')}")
             if self.failure is not None or self.cancelled.is_set():
                 raise OSError(self.failure or "another rank could not write its part")
-            for failed in self.work.glob("rank-*.failed"):
-                raise OSError(f"{failed.stem}: {failed.read_text(encoding='utf-8')}")
             if time.monotonic() > deadline:
                 raise OSError(
                     f"{missing[0].stem} had not appeared in {self.work} after {self.saver.patience_seconds:.0f} s; "
