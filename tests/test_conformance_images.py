@@ -197,3 +197,29 @@ def test_running_statistics_move_once_a_micro_batch_also_when_blocks_are_recompu
     stem = torch.nn.functional.conv2d(batch["images"], SPEC.init(MODEL, "conv1.weight", 0), stride=2, padding=3)
     expected = MOMENTUM * stem.mean((0, 2, 3))
     torch.testing.assert_close(held[0]["bn1.running_mean"], expected, rtol=1e-4, atol=1e-6)
+
+
+def skip_a_step(world: World, plan: Plan) -> tuple[bool, bool, float]:
+    """One good step, then one whose pictures are not finite on the last rank alone."""
+    engine: Any = build(plan, SPEC, world)
+    engine.load(initial_reader(SPEC, plan.model, plan.seed))
+    engine.train_step(window(plan, 0, world.rank), LR, 0).read()
+    before = {name: tensor.clone() for name, tensor in engine.buffers.tensors.items() if tensor.is_floating_point()}
+    bad = window(plan, 1, world.rank)
+    if world.rank == world.world_size - 1:
+        bad[0].inputs["images"][0] = float("nan")
+    skipped = engine.train_step(bad, LR, 1).read().skipped
+    kept = all(torch.equal(before[name], engine.buffers.tensors[name]) for name in before)
+    loss = engine.eval_step(window(plan, 2, world.rank)).read()["loss"].mean
+    engine.close()
+    return skipped, kept, loss
+
+
+@pytest.mark.parametrize(("strategy", "precision"), [("single", "fp32"), ("ddp", "fp16"), ("zero2", "fp16"),
+                                                     ("fsdp2", "bf16")])  # fmt: skip
+def test_a_skipped_step_leaves_the_statistics_alone(strategy: str, precision: str) -> None:
+    ranks = 1 if strategy == "single" else 2
+    for skipped, kept, loss in run(ranks, skip_a_step, make_plan(strategy, ranks, precision=precision)):
+        assert skipped
+        assert kept
+        assert np.isfinite(loss)

@@ -5,6 +5,8 @@ they are looked at from outside, at an evaluation, a prediction and a save, the 
 average takes the place of each rank's own. Running statistics are linear in the batches' statistics, so the average
 does not depend on when, or how often, it is taken; it never enters a training step. Counters are taken from rank 0:
 they count micro-batches, and all ranks have seen equally many.
+
+A step that is skipped leaves the statistics as they were: what is not finite in one batch would stay in them for good.
 """
 
 from __future__ import annotations
@@ -38,11 +40,36 @@ class Buffers:
                     kept = buffer.float() if buffer.is_floating_point() else buffer
                     held = module._buffers[leaf] = kept.to(world.device)
                     self.tensors[f"{prefix}.{leaf}".lstrip(".")] = held
+        self._averaged = [tensor for tensor in self.tensors.values() if tensor.is_floating_point()]
         self._changed = False
+        self._before: Tensor | None = None
 
+    @torch.no_grad()
     def change(self) -> None:
         """A training step changes them: the ranks' differ from now on."""
         self._changed = True
+        self._before = self._flat()
+
+    @torch.no_grad()
+    def settle(self, skipped: Tensor) -> None:
+        """After the step: back to what `change` saw where it was skipped. Does not wait for the device.
+
+        Args:
+            skipped: scalar bool tensor, the same on every rank.
+        """
+        before, self._before = self._before, None
+        after = self._flat()
+        if before is not None and after is not None:
+            self._put(torch.where(skipped.to(after.device), before, after))
+
+    def _flat(self) -> Tensor | None:
+        """A copy of all statistics, 1-D fp32; None where there are none."""
+        return torch.cat([tensor.reshape(-1) for tensor in self._averaged]) if self._averaged else None
+
+    def _put(self, flat: Tensor) -> None:
+        parts = flat.split([tensor.numel() for tensor in self._averaged])
+        shaped = [part.view(tensor.shape) for tensor, part in zip(self._averaged, parts, strict=True)]
+        torch._foreach_copy_(self._averaged, shaped)
 
     @torch.no_grad()
     def average(self) -> None:
@@ -50,14 +77,11 @@ class Buffers:
         if not self._changed or self.world.world_size == 1:
             return
         self._changed = False
-        averaged = [tensor for tensor in self.tensors.values() if tensor.is_floating_point()]
-        if not averaged:
+        flat = self._flat()
+        if flat is None:
             return
-        flat = torch.cat([tensor.reshape(-1) for tensor in averaged])
         dist.all_reduce(flat)
-        flat /= self.world.world_size
-        for tensor, part in zip(averaged, flat.split([tensor.numel() for tensor in averaged]), strict=True):
-            tensor.copy_(part.view(tensor.shape))
+        self._put(flat / self.world.world_size)
 
     def fragments(self) -> Iterator[Fragment]:
         """Averaged copies, from rank 0 alone. Collective where there are buffers, when it is called."""

@@ -65,6 +65,7 @@ class DDPEngine:
                 (loss * (factor * self.scaler.scale).float()).backward()
             loss_sum += loss.detach()
         grad_norm, skipped, scale = self._apply(lr)
+        self.buffers.settle(skipped)
         return common.close_step(agreed, loss_sum, grad_norm, skipped, scale, self.world)
 
     def _communication(self, last: bool) -> Any:

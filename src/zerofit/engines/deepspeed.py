@@ -119,6 +119,7 @@ class DeepSpeedEngine:
         grad_norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32)
         self.scaler.update(skipped)
         self._apply_scale()
+        self.buffers.settle(skipped)
         device = self.world.device
         return common.close_step(
             agreed, loss_sum, grad_norm.to(device), skipped.to(device), scale.to(device), self.world

@@ -74,6 +74,7 @@ class FSDPEngine:
             (loss * (factor * self.scaler.scale).float()).backward()
             loss_sum += loss.detach()
         grad_norm, skipped, scale = self._apply(lr)
+        self.buffers.settle(skipped)
         return common.close_step(agreed, loss_sum, grad_norm, skipped, scale, self.world)
 
     def _apply(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:
