@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -247,6 +248,43 @@ def test_the_last_stage_ends_the_run_and_gives_its_data(tmp_path: Path) -> None:
 def test_bad_stages_are_refused(tmp_path: Path, stages: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         _staged_config(tmp_path, stages)
+
+
+@pytest.mark.parametrize(
+    ("duration", "end", "said"),
+    [
+        (20_000, "leave", None),
+        ("1e9tok", "leave", None),
+        (15_000, "leave", "number 2 ends at step 15000, and the one before at 15000"),
+        (100, "leave", "number 1 ends at step 15000, and the duration 100 comes to 100 steps"),
+        (20_000, 30_000, "number 2 ends at step 30000, and the duration 20000 comes to 20000 steps"),
+        (30_000, 30_000, None),
+    ],
+)
+def test_stages_fit_the_duration_whatever_max_steps_would_have_been(
+    tmp_path: Path, duration: Any, end: Any, said: str | None
+) -> None:
+    from zerofit.training.start import with_duration
+
+    stages = [{"until": 15_000}, {} if end == "leave" else {"until": end}]
+    path = _yaml(tmp_path, {"path": "base"}, stages=stages, duration=duration)
+    resolved = load_config(path, None)
+    plan: Any = SimpleNamespace(global_batch=8, model=SimpleNamespace(items_per_sample=16))
+    if said is None:
+        steps = with_duration(resolved, plan).config.max_steps
+        assert steps == (duration if isinstance(duration, int) else 1e9 / 8 / 16)
+        return
+    with pytest.raises(ConfigError, match=said):
+        with_duration(resolved, plan)
+
+
+def test_a_timed_run_decays_to_no_end_in_a_stage_either(tmp_path: Path) -> None:
+    timed = {"duration": "2h", "schedule": {"kind": "constant"}}
+    path = _yaml(tmp_path, {"path": "base"}, stages=[{"until": 15_000}, {}], **timed)
+    assert load_config(path, None).config.duration == "2h"
+    path = _yaml(tmp_path, {"path": "base"}, stages=[{"until": 5}, {"schedule": {"kind": "linear"}}], **timed)
+    with pytest.raises(ConfigError, match=r"schedule\.kind linear: nobody knows at which step"):
+        load_config(path, None)
 
 
 # Runs

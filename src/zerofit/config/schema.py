@@ -11,7 +11,7 @@ from .durations import parse_duration
 from .images import ImageDataConfig
 from .models import ModelConfig, Section
 from .optimizers import OptimizerConfig, why_not
-from .stages import check_stages
+from .stages import check_stages, schedules_to_the_end
 
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Offload = Literal["none", "cpu", "nvme"]
@@ -390,9 +390,11 @@ def _check_data(config: Config) -> None:
 
 def _check_end(config: Config) -> None:
     """What ends the run, against the schedule and the evaluations."""
-    if config.duration is not None and parse_duration(config.duration).unit == "seconds" and config.schedule.needs_end:
+    timed = config.duration is not None and parse_duration(config.duration).unit == "seconds"
+    endless = [schedule for schedule in schedules_to_the_end(config) if schedule.needs_end]
+    if timed and endless:
         raise ValueError(
-            f"duration {config.duration} with schedule.kind {config.schedule.kind}: nobody knows at which step the "
+            f"duration {config.duration} with schedule.kind {endless[0].kind}: nobody knows at which step the "
             f"time will be over, and the learning rate is a function of the step. Set schedule.decay_steps (and "
             f"warmup_steps, not warmup_fraction), or use schedule.kind constant or wsd"
         )

@@ -64,32 +64,33 @@ def stage_ending_at(config: Config, done: int) -> str | None:
     return next((span.name for span in spans(config) if span.name and span.stop == done), None)
 
 
+def schedules_to_the_end(config: Config) -> list[ScheduleConfig]:
+    """The schedules in use that count to the end of the run: the run's own, and the last stage's."""
+    own = [stage.schedule for stage in config.stages]
+    found = [config.schedule] if not own or None in own else []
+    if own and own[-1] is not None and config.stages[-1].until is None:
+        found.append(own[-1])
+    return found
+
+
 def check_stages(config: Config) -> None:
-    """Refuse stages that do not follow one another up to the end of the run.
+    """Refuse stages that do not follow one another up to the end of the run, where that is known.
 
     Raises:
         ValueError: ends that do not increase, another end than the run's, or a name twice.
     """
     before = 0
     for number, stage in enumerate(config.stages, start=1):
-        is_last = number == len(config.stages)
-        if stage.until is None and not is_last:
+        if stage.until is None and number < len(config.stages):
             raise ValueError(
                 f"stages: number {number} says not until when, and another one follows; give it `until: STEP` (only "
                 f"the last stage ends with the run)"
             )
-        until = stage.until or config.max_steps
-        if until <= before:
-            raise ValueError(
-                f"stages: number {number} ends at step {until}, and the one before at {before}; each `until` counts "
-                f"from the start of the run and must be larger than the one before"
-            )
-        if until > config.max_steps or (is_last and until < config.max_steps):
-            raise ValueError(
-                f"stages: number {number} ends at step {until}, and max_steps is {config.max_steps}; the last stage "
-                f"ends with the run: leave its `until` out, or set max_steps {until}"
-            )
-        before = until
+        if stage.until is not None and stage.until <= before:
+            raise ValueError(_not_after(number, stage.until, before))
+        before = stage.until or before
+    if config.duration is None:
+        check_last_stage(config)
     names = [span.name for span in spans(config) if span.name]
     for name in names:
         if names.count(name) > 1 or name.lower() in TAKEN or name.lower().startswith("step-"):
@@ -97,6 +98,35 @@ def check_stages(config: Config) -> None:
                 f"stages: the name {name} is taken; names must differ, and latest, best, final and step-… are "
                 f"training's own"
             )
+
+
+def check_last_stage(config: Config) -> None:
+    """Refuse stages that go on behind ``max_steps``, or end before it. A duration decides ``max_steps`` only when the
+    batch and the data are known.
+
+    Raises:
+        ValueError: they do.
+    """
+    end, before = config.max_steps, 0
+    words = f"max_steps is {end}" if config.duration is None else f"the duration {config.duration} comes to {end} steps"
+    for number, stage in enumerate(config.stages, start=1):
+        is_last, until = number == len(config.stages), stage.until or end
+        if until > end or (is_last and until < end):
+            remedy = "or set max_steps {until}" if config.duration is None else "or change the duration"
+            raise ValueError(
+                f"stages: number {number} ends at step {until}, and {words}; the last stage ends with the run: leave "
+                f"its `until` out, {remedy.format(until=until)}"
+            )
+        if until <= before:
+            raise ValueError(_not_after(number, until, before))
+        before = until
+
+
+def _not_after(number: int, until: int, before: int) -> str:
+    return (
+        f"stages: number {number} ends at step {until}, and the one before at {before}; each `until` counts from the "
+        f"start of the run and must be larger than the one before"
+    )
 
 
 def describe_stages(config: Config) -> Iterator[str]:

@@ -19,6 +19,7 @@ from ..config.image_models import ImageModelShape
 from ..config.load import COMMAND_LINE, DEFAULT, ResolvedConfig
 from ..config.models import HuggingFaceConfig
 from ..config.schema import Config
+from ..config.stages import check_last_stage
 from ..errors import CheckpointError, ConfigError, DataError
 from ..planning.candidates import checkpoint_bytes as kept_checkpoint_bytes
 from ..planning.choose import Choice, choose
@@ -182,7 +183,7 @@ def with_duration(resolved: ResolvedConfig, plan: Plan) -> ResolvedConfig:
     What stands nearer to the command line wins; of two on one level the same must come out.
 
     Raises:
-        ConfigError: they contradict each other.
+        ConfigError: they contradict each other, or the stages.
     """
     config, origins = resolved.config, resolved.origins
     if config.duration is None:
@@ -193,11 +194,8 @@ def with_duration(resolved: ResolvedConfig, plan: Plan) -> ResolvedConfig:
             f"duration {config.duration} ({origins['duration']}) comes to {steps:,} steps, and max_steps says "
             f"{config.max_steps:,} ({origins['max_steps']}). A run has one length: keep one of the two."
         )
-    return replace(
-        resolved,
-        config=config.model_copy(update={"max_steps": steps}),
-        origins={**origins, "max_steps": f"duration {config.duration}"},
-    )
+    config = _with_length(config, max_steps=steps)
+    return replace(resolved, config=config, origins={**origins, "max_steps": f"duration {config.duration}"})
 
 
 def without_overruled_duration(resolved: ResolvedConfig) -> ResolvedConfig:
@@ -207,9 +205,19 @@ def without_overruled_duration(resolved: ResolvedConfig) -> ResolvedConfig:
         return resolved
     return replace(
         resolved,
-        config=config.model_copy(update={"duration": None}),
+        config=_with_length(config, duration=None),
         origins={**origins, "duration": f"overruled: {origins['max_steps']}"},
     )
+
+
+def _with_length(config: Config, **length: object) -> Config:
+    """The configuration with another length, which its stages must fit."""
+    config = config.model_copy(update=length)
+    try:
+        check_last_stage(config)
+    except ValueError as reason:
+        raise ConfigError(f"{reason}.") from None
+    return config
 
 
 def _level(origin: str) -> int:
