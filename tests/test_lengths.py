@@ -216,8 +216,17 @@ def test_patience() -> None:
     assert watch([3, 2.95, 2.9, 2.85], min_delta=0.2)[1] == 3
     assert watch([1, 2, 3, 2, 2.5], mode="max")[1] == 5
     assert watch([1, 1, 1], patience=3)[1] == 100
+    assert watch([math.nan, 3, 2, 1, 0.5])[1] == 100
+    assert watch([math.nan, math.nan])[1] == 2
     with pytest.raises(ConfigError, match="an evaluation of this run has val_loss"):
         watch([1.0], metric="val_accuracy")
+
+
+def test_a_run_that_ends_early_samples_once_at_its_end() -> None:
+    loop: Any = object.__new__(Trainer)
+    loop.config = _config().model_copy(update={"sample_interval": 5})
+    loop.checkpoints = SimpleNamespace(last_step=10)
+    assert [loop._sample_is_due(done) for done in (5, 10)] == [True, False]
 
 
 def test_early_stopping_is_the_same_after_a_resume(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from zerofit.config.models import GPT2Config
 from zerofit.engines.common import Inputs, evaluate_window
 from zerofit.models.gpt2 import SPEC
+from zerofit.training.probe import differs
 from zerofit.types import Batch, World
 
 
@@ -35,3 +36,11 @@ def test_a_batch_of_another_shape_does_not_compile() -> None:
     assert len(compiled) == before
     assert abs(plain - evaluate_window(model, [batch], world, inputs).read()["loss"].mean) < 1e-5
     assert len(compiled) > before  # as it would have without
+
+
+def test_the_coarser_of_two_precisions_explains_a_difference() -> None:
+    """A loss of bf16 weights is compared with fp32's when a run goes on in another precision."""
+    assert differs(3.0, 3.01, "fp32", "fp32")
+    assert not differs(3.0, 3.01, "fp32", "bf16")
+    assert not differs(3.0, 3.01, "bf16", "fp32")
+    assert differs(3.0, 3.2, "bf16", "fp32")

@@ -124,14 +124,14 @@ class Trainer:
 
     def _sample_is_due(self, done: int) -> bool:
         interval = self.config.sample_interval
-        return interval != "never" and done % interval == 0 and done < self.config.max_steps
+        return interval != "never" and done % interval == 0 and done < self.last_step
 
     def _sample(self, done: int) -> None:
         """Show and remember what the model writes. Collective: the number of tokens is the same on every rank."""
         words = self.words()
         if words is not None:
             self.events.write("sample", step=done, text=words)
-            at_end = done >= self.config.max_steps
+            at_end = done >= self.last_step
             self.display.say(f"Sample{'' if at_end else f' after step {done}'}:\n{words}")
 
     def _evaluation_is_due(self, done: int) -> bool:
@@ -268,7 +268,8 @@ class Trainer:
                 f"of those."
             )
         value = metrics[watch.metric] if watch.mode == "min" else -metrics[watch.metric]
-        if progress.watched_best is None or value < progress.watched_best - watch.min_delta:
+        first = progress.watched_best is None and math.isfinite(value)  # nothing is better than NaN
+        if first or (progress.watched_best is not None and value < progress.watched_best - watch.min_delta):
             progress.watched_best, progress.evaluations_without_improvement = value, 0
             return
         progress.evaluations_without_improvement += 1

@@ -30,6 +30,7 @@ def stored_probe(folder: Path, task: Task) -> Batch | None:
     return task.batch_of(load_file(path))
 
 
-def differs(saved: float, now: float, precision: str) -> bool:
-    """Whether the losses differ by more than rounding."""
-    return not math.isclose(saved, now, rel_tol=TOLERANCES[precision], abs_tol=1e-6)
+def differs(saved: float, now: float, *precisions: str) -> bool:
+    """Whether the losses differ by more than rounding, of the coarsest precision that one of them was computed in."""
+    tolerance = max(TOLERANCES[precision] for precision in precisions)
+    return not math.isclose(saved, now, rel_tol=tolerance, abs_tol=1e-6)

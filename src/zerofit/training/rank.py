@@ -155,7 +155,7 @@ def tell_start(engine: Engine, source: Source | None, plan: Plan, events: EventL
     if before is None or now is None:
         return
     display.say(f"From {source.folder.name}: loss of the stored probe {before:.6f} when it was saved, {now:.6f} now.")
-    if differs(before, now, plan.precision):
+    if differs(before, now, plan.precision, source.state.get("precision") or plan.precision):
         message = (
             f"the stored probe's loss was {before:.6f} when {source.folder.name} was saved and is {now:.6f} now, more "
             f"than rounding explains: other weights or other code"
