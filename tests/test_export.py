@@ -35,8 +35,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TARGETS = ["pt", "safetensors", "huggingface", "deepspeed"]
 
 
-def save_run(root: Path, config: GPT2Config = MODEL, data_path: str = "nowhere") -> store.Saved:
-    """A run folder with one checkpoint of a model that has moments."""
+def save_run(
+    root: Path, config: GPT2Config = MODEL, data_path: str = "nowhere", *, kind: str = "adamw"
+) -> store.Saved:
+    """A run folder with one checkpoint of a model that has moments, AdamW's or Lion's."""
     fragments = []
     for name, parameter in build_model(config).named_parameters():
         values = {
@@ -45,9 +47,12 @@ def save_run(root: Path, config: GPT2Config = MODEL, data_path: str = "nowhere")
             "exp_avg_sq": parameter.detach() ** 2,
         }
         fragments += [
-            Fragment(name, role, tuple(parameter.shape), 0, value.reshape(-1)) for role, value in values.items()
+            Fragment(name, role, tuple(parameter.shape), 0, value.reshape(-1))
+            for role, value in values.items()
+            if kind == "adamw" or role != "exp_avg_sq"
         ]
-    state = {"model": config.model_dump(), "data_path": data_path, "best_loss": 1.5, "best_step": 5, "metrics": {}}
+    state = {"model": config.model_dump(), "data_path": data_path, "best_loss": 1.5, "best_step": 5, "metrics": {},
+             "config": {"optimizer": {"kind": kind}}}  # fmt: skip
     (root / "checkpoints").mkdir(parents=True)
     alone = World(0, 1, 0, torch.device("cpu"))
     saver = Saver(root / "checkpoints", alone, Retention(1), 0, asynchronous=True, patience_seconds=10)
@@ -99,6 +104,16 @@ def test_deepspeed_export_keeps_moments_steps_and_model(tmp_path: Path) -> None:
         for role in MOMENTS:
             size = torch.Size(shape).numel()
             assert torch.equal(found.read(name, role, 0, size), saved.read(name, role, 0, size))  # type: ignore[arg-type]
+
+
+def test_another_optimizers_means_are_not_exported_as_adamws(tmp_path: Path) -> None:
+    """Lion keeps an exp_avg too; squares of zero beside it would make AdamW's first steps enormous."""
+    saved = save_run(tmp_path / "run", kind="lion")
+    done = export(saved, MODEL, tmp_path / "out", to="deepspeed")
+    assert "no moments of AdamW" in done.notes[0]
+    found = open_foreign(tmp_path / "out")
+    assert found.read("wte.weight", "parameter", 0, 8) is not None
+    assert [found.read("wte.weight", role, 0, 8) for role in MOMENTS] == [None, None]
 
 
 def test_safetensors_tells_the_model_and_shards_tell_all(tmp_path: Path) -> None:

@@ -63,8 +63,12 @@ class Job:
 
     @property
     def has_moments(self) -> bool:
-        """True when the source holds moments of at least one parameter."""
-        return any(self.source.read(name, MOMENTS[0], 0, 1) is not None for name in self.model.parameter_shapes())
+        """True when the source holds AdamW's moments of at least one parameter. Lion's mean under the same name, or
+        Muon's few, would be taken for AdamW's, with zeros for the squares to divide by."""
+        made_by = (self.source.state.get("config") or {}).get("optimizer", {}).get("kind", "adamw")
+        return made_by == "adamw" and any(
+            self.source.read(name, MOMENTS[0], 0, 1) is not None for name in self.model.parameter_shapes()
+        )
 
     def weights(self) -> list[Outgoing]:
         """Every parameter under its canonical name."""
@@ -219,7 +223,7 @@ def write_deepspeed(job: Job, folder: Path) -> list[str]:
     _write_model_states(job, folder / tag / "mp_rank_00_model_states.pt")
     _write_optimizer_states(job, folder / tag / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     write_bytes(folder / "latest", tag.encode())
-    return [] if job.has_moments else ["The source holds no moments: DeepSpeed's optimizer will start afresh."]
+    return [] if job.has_moments else ["The source holds no moments of AdamW: DeepSpeed's optimizer will start afresh."]
 
 
 def _ds_config(job: Job) -> dict[str, Any]:
