@@ -35,9 +35,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TARGETS = ["pt", "safetensors", "huggingface", "deepspeed"]
 
 
-def save_run(
-    root: Path, config: GPT2Config = MODEL, data_path: str = "nowhere", *, kind: str = "adamw"
-) -> store.Saved:
+def save_run(root: Path, config: GPT2Config = MODEL, data_path: str = "nowhere", *, kind: str = "adamw") -> store.Saved:
     """A run folder with one checkpoint of a model that has moments, AdamW's or Lion's."""
     fragments = []
     for name, parameter in build_model(config).named_parameters():

@@ -23,6 +23,7 @@ from zerofit.errors import ConfigError
 from zerofit.training.events import read_events
 from zerofit.training.loop import Trainer
 from zerofit.training.progress import NanoGPTDisplay
+from zerofit.training.rank import forget_another_metric
 from zerofit.training.schedule import learning_rate
 from zerofit.training.state import Progress
 
@@ -220,6 +221,18 @@ def test_patience() -> None:
     assert watch([math.nan, math.nan])[1] == 2
     with pytest.raises(ConfigError, match="an evaluation of this run has val_loss"):
         watch([1.0], metric="val_accuracy")
+
+
+def test_another_metric_is_watched_anew() -> None:
+    """A best loss of 2.1 says nothing about accuracies, nor a patience that was half used up."""
+    config = _config()
+    early = config.early_stopping.model_dump()
+    for changed, kept in (({}, True), ({"patience": 7}, True), ({"metric": "val_accuracy"}, False),
+                          ({"mode": "max"}, False)):  # fmt: skip
+        progress = Progress(watched_best=2.1, evaluations_without_improvement=3)
+        source: Any = SimpleNamespace(state={"config": {"early_stopping": early | changed}})
+        forget_another_metric(progress, source, config)
+        assert (progress.watched_best, progress.evaluations_without_improvement) == ((2.1, 3) if kept else (None, 0))
 
 
 def test_a_run_that_ends_early_samples_once_at_its_end() -> None:

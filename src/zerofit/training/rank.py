@@ -16,6 +16,7 @@ from ..checkpoint.source import Source, open_source
 from ..checkpoint.store import open_checkpoint
 from ..config.image_models import ImageModelShape
 from ..config.load import load_config
+from ..config.schema import Config
 from ..data.loader import Share
 from ..engines.base import Engine
 from ..engines.build import build
@@ -48,6 +49,8 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         engine = build(plan, spec, world)
         cleanup.callback(engine.close)
         progress, source = load_weights(engine, prepared)
+        if source is not None:
+            forget_another_metric(progress, source, config)
         share = Share(plan.micro_batch, plan.accumulation_steps, world.rank, world.world_size)
         feed = task.open(config, plan.model, share, pin_memory=plan.device == "cuda")
         cleanup.callback(feed.train.close)
@@ -140,6 +143,13 @@ def progress_of(source: Source) -> Progress:
         watched_best=state.get("watched_best"),
         evaluations_without_improvement=state.get("evaluations_without_improvement", 0),
     )
+
+
+def forget_another_metric(progress: Progress, source: Source, config: Config) -> None:
+    """Early stopping begins anew when the run goes on with another metric, or another direction of it."""
+    before, now = (source.state.get("config") or {}).get("early_stopping") or {}, config.early_stopping
+    if before and (before.get("metric"), before.get("mode")) != (now.metric, now.mode):
+        progress.watched_best, progress.evaluations_without_improvement = None, 0
 
 
 def tell_start(engine: Engine, source: Source | None, plan: Plan, events: EventLog, display: Display) -> None:
