@@ -9,7 +9,7 @@ import torch
 
 from test_trace import peaks
 from zerofit.config.load import load_config
-from zerofit.config.models import GPT2Config, MambaConfig
+from zerofit.config.models import GPT2Config, MambaConfig, ResNetConfig
 from zerofit.engines.common import keep_inputs_on_host
 from zerofit.errors import ConfigError
 from zerofit.models import model_spec
@@ -49,6 +49,23 @@ def test_gradients_are_the_same(kind: str, way: str) -> None:
         assert not offload._kept
     for one, two in zip(plain.parameters(), other.parameters(), strict=True):
         assert torch.equal(one.grad, two.grad)
+
+
+def test_a_classifiers_inputs_go_to_the_host_too() -> None:
+    model = ResNetConfig(layers=18, base_width=4, num_classes=3, input_size=32)
+    random = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(4, 3, 32, 32, generator=random), torch.tensor([0, 1, 2, 0])
+    plain, other = built(model, "full", offloaded=False), built(model, "full", offloaded=True)
+    blocks = model_spec("resnet").blocks(other)
+    for net in (plain, other):
+        loss = net(images, targets)["loss"]
+        if net is other:
+            assert len(vars(blocks[0])["input_offload"]._kept) == len(blocks) == 8
+        loss.backward()
+    for one, two in zip(plain.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)
+    for one, two in zip(plain.buffers(), other.buffers(), strict=True):
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -49,7 +49,8 @@ class InputOffload:
         kept: list[_Kept] = packed[1]
         wanted = [kept[i] for i in (index - 1, index) if i >= 0 and kept[i].back is None]
         for entry in wanted:  # memory first for the next one: so every block but the last does the same
-            entry.back = torch.empty(entry.host.shape, dtype=entry.host.dtype, device=entry.device)
+            host = entry.host  # its strides too: pictures may be channels-last
+            entry.back = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=entry.device)
         for entry in reversed(wanted):
             self.fetch(entry)
         entry = kept[index]
@@ -64,7 +65,7 @@ class InputOffload:
         """Start the copy out."""
         if not tensor.is_cuda:
             return _Kept(tensor.detach().clone(), tensor.device)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         with torch.cuda.stream(self._side(tensor.device)):
             host.copy_(tensor.detach(), non_blocking=True)
         tensor.record_stream(self._stream)

@@ -19,11 +19,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config.image_models import ResNetConfig
 from ..config.shapes import Recomputation
-from .base import parameter_generator
+from .base import apply_blocks, parameter_generator
 from .classification import classification_sums
 
 #: Batches to average over: the weight of the newest batch in running statistics (torchvision's, PyTorch's default).
@@ -177,10 +176,7 @@ class ResNet(nn.Module):
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x)), inplace=True), 3, 2, padding=1)
-        every = self.checkpoint_every if torch.is_grad_enabled() else 0
-        for index, block in enumerate(self.blocks):
-            recomputed = every and index % every == 0
-            x = checkpoint(block, x, use_reentrant=False, context_fn=_contexts) if recomputed else block(x)
+        x = apply_blocks(self.blocks, x, self.checkpoint_every, _contexts)
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
