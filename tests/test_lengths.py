@@ -252,6 +252,10 @@ def test_early_stopping_is_the_same_after_a_resume(tmp_path: Path) -> None:
     assert [e["step"] for e in read_events(tmp_path / "runs" / "e" / "events.jsonl") if e["kind"] == "ending"] == [6]
     assert (tmp_path / "runs" / "e" / "checkpoints" / "final").read_text().strip() == "step-00000006"
     assert "early stopping had ended this run" in train(tmp_path, "e", *early, "--num-gpus", "2", "--resume").stdout
+    # A new run from its checkpoint has a patience of its own: 6 + 2 x 3 steps.
+    again = train(tmp_path, "f", *early, "--num-gpus", "2", "--load-checkpoint", str(tmp_path / "runs" / "e"))
+    assert "early stopping had ended" not in again.stdout
+    assert max(losses(tmp_path, "f")) == 12
     assert max(losses(tmp_path, "e")) == 6
 
 

@@ -126,7 +126,16 @@ def load_weights(engine: Engine, prepared: PreparedRun) -> tuple[Progress, Sourc
         engine.load(parameters_only(source.read))
         return Progress(), source
     engine.load(source.read, source.scalars)
-    return progress_of(source), source
+    progress = progress_of(source)
+    if start.how == "load":
+        count_anew(progress)
+    return progress, source
+
+
+def count_anew(progress: Progress) -> None:
+    """A new run that begins at another's checkpoint has its own clock and its own patience."""
+    progress.train_seconds = 0.0
+    progress.watched_best, progress.evaluations_without_improvement = None, 0
 
 
 def progress_of(source: Source) -> Progress:
