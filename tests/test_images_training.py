@@ -312,6 +312,19 @@ def test_other_data_is_refused(
     assert "they must be the same" in capsys.readouterr().err
 
 
+def test_prepared_pictures_decide_what_the_preset_supposes(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["--preset", "animals90", "--data.path", str(trained / "data")]
+    assert run_verb(monkeypatch, "train", *typed, "--data.cache_size", "32", "--dry-run") == 0
+    assert f"model.num_classes {len(CLASSES)}, as" in " ".join(capsys.readouterr().out.split())
+    assert run_verb(monkeypatch, "plan", *typed, "--json") == 0
+    parameters = json.loads(capsys.readouterr().out)["model"]["parameters"]
+    assert parameters == ResNetConfig(kind="resnet", layers=18, num_classes=len(CLASSES)).parameter_count()
+    assert run_verb(monkeypatch, "train", *typed, "--data.prepare", "elsewhere", "--dry-run") == 2
+    assert "data.prepare names elsewhere" in " ".join(capsys.readouterr().err.split())
+
+
 # ------------------------------------------------------------------------------------------------------ small parts
 
 
