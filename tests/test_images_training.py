@@ -134,6 +134,12 @@ def test_a_model_and_data_of_different_kinds_are_refused() -> None:
         load_config(None, None, [("model.n_layer", "2"), ("data.kind", "images"), ("data.path", "x")])
 
 
+def test_a_stage_of_pictures_has_no_data_of_its_own() -> None:
+    typed = [("stages", "[{until: 3, data: {path: words}}, {learning_rate: 1e-4}]")]
+    with pytest.raises(ConfigError, match=r"stages have data of their own with data.kind images"):
+        load_config(None, "animals90", typed)
+
+
 def test_nested_settings_are_read_written_and_refused_by_their_full_name(tmp_path: Path) -> None:
     from zerofit.config.load import dump_resolved
 
