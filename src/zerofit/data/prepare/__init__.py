@@ -274,5 +274,7 @@ def _only_one(folder: Path) -> Iterator[None]:
             raise DataError(
                 f"{folder} is being prepared by another process. Wait for it, or prepare into another folder (--out)."
             ) from error
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
