@@ -226,5 +226,5 @@ def test_files_of_something_else_are_not_replaced(tmp_path: Path, name: str) -> 
 def test_a_folder_of_pictures_is_no_text_and_the_verb_for_it_is_named(tmp_path: Path) -> None:
     (tmp_path / "animals" / "cat").mkdir(parents=True)
     (tmp_path / "animals" / "cat" / "1.JPG").write_bytes(b"")
-    with pytest.raises(DataError, match="holds pictures and no text.*data prepare images"):
+    with pytest.raises(DataError, match=r"holds pictures and no text.*data prepare images"):
         _prepare(tmp_path, str(tmp_path / "animals"))

@@ -120,8 +120,17 @@ def without_ignored(notes: Sequence[Note], merged: Merged) -> list[Note]:
     """The notes, where those of settings that mean nothing for this kind of data say so."""
     gone = {entry.origin + entry.name: Note(entry.name, entry.value, entry.origin, "ignored", (), why)
             for entry, why in merged.ignored}  # fmt: skip
+    if merged.pictures:
+        notes = [_of_pictures(note) for note in notes]
     kept = [note for note in notes if note.origin + note.key.rpartition(".")[2] not in gone]
     return [*kept, *gone.values()]
+
+
+def _of_pictures(note: Note) -> Note:
+    """The note, where a folder was taken for one of pictures."""
+    targets = {"train_dir": ("data.kind", "data.prepare", "data.path"), "val_dir": ("data.prepare",)}.get(note.key)
+    remark = "a folder of pictures: prepared into data.path"
+    return replace(note, outcome="translated", targets=targets, remark=remark) if targets else note
 
 
 def refuse_contradictions(file: Iterable[Entry], foreign: Iterable[Entry], typed: Iterable[Entry]) -> None:
@@ -396,7 +405,7 @@ def _wrong_inside(key: Key, entry: Entry, inner: Sequence[str], complaint: Mappi
 
 def _missing(name: str) -> ConfigError:
     needed = [key for key in keys().values() if key.name == name or key.name.startswith(f"{name}.")]
-    examples = " or ".join(f"--{key.name}" for key in needed[:2])
+    examples = " or ".join(f"--{key.name}" for key in needed[: 1 if name == "model" else 2])
     return ConfigError(
         f"Nothing sets {name}, and there is no run without it. Start from a preset with --preset (`zerofit presets` "
         f"lists them), name a configuration file, or set it with {examples}."

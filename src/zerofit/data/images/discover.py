@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...config.images import PICTURE_SUFFIXES as SUFFIXES
 from ...errors import DataError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"})
 #: Names of the folder of validation pictures beside ``train``.
 VALIDATION_NAMES = ("val", "valid", "validation")
 #: Names of a message's list.
