@@ -549,3 +549,11 @@ def test_values_in_brackets_are_shown_as_they_are() -> None:
     text = console.export_text()
     assert "[/odd]" in text
     assert "data.prepare [a, b]" in text
+
+
+def test_the_length_of_a_sample_is_shown_under_the_architectures_name(tmp_path: Path) -> None:
+    (note,) = typed("--seq_length 64").notes
+    assert (note.outcome, note.targets) == ("used", ("model.block_size",))
+    path = write(tmp_path, "old.yaml", "model_type: mamba\nnum_gpus: 1\nseq_length: 64\nbatch_size: 4\n")
+    assert "max_seq_length: 64  # seq_length 64" in migrate(path)
+    assert "set nothing here" not in migrate(path)

@@ -318,6 +318,19 @@ def test_other_data_is_refused(
     assert "they must be the same" in capsys.readouterr().err
 
 
+def test_pictures_where_tokens_are_wanted_are_named(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = f"[{{until: 5, data: {{path: {trained / 'data'}}}}}, {{}}]"
+    before = (trained / "data" / "meta.json").read_bytes()
+    typed = ["train", "--preset", "shakespeare_char", "--data.path", str(trained / "words"), "--stages", stages]
+    assert run_verb(monkeypatch, *typed, "--data.prepare", "[python-docs]", "--dry-run") == 2
+    assert "holds prepared pictures, and tokens are wanted" in capsys.readouterr().err
+    typed = ["train", "--preset", "shakespeare_char", "--data.path", str(trained / "data"), "--dry-run"]
+    assert run_verb(monkeypatch, *typed) == 2
+    assert (trained / "data" / "meta.json").read_bytes() == before
+
+
 def test_prepared_pictures_decide_what_the_preset_supposes(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

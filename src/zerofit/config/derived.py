@@ -37,8 +37,8 @@ class Merged:
     levels: dict[str, int] = field(default_factory=dict)
     ignored: list[tuple[Entry, str]] = field(default_factory=list)
     """What turned out to mean nothing for this kind of data, and why."""
-    pictures: bool = False
-    """Whether folders for training and validation were taken for pictures."""
+    became: dict[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+    """Alias -> what it set, where that followed from other settings, and what to know about it."""
 
     def put(self, entry: Entry, level: int) -> None:
         """Set; a later layer wins."""
@@ -86,6 +86,7 @@ def _sequence_length(merged: Merged) -> None:
     named = "model.d_model" in merged.settings if kind is None else kind in keys()["model.max_seq_length"].kinds
     name, level = "model.max_seq_length" if named else "model.block_size", merged.level(SEQUENCE_LENGTH)
     merged.drop(SEQUENCE_LENGTH)
+    merged.became["seq_length"] = (name,), ""
     if merged.level(name) <= level:
         merged.put(Entry(name, entry.value, entry.origin), level)
 
@@ -103,7 +104,9 @@ def _folders(merged: Merged) -> None:
         for name, value in (("data.kind", "images"), ("data.prepare", folders), ("data.path", prepared)):
             if merged.level(name) < level:
                 merged.put(Entry(name, value, train.origin), level)
-        merged.pictures = True
+        remark = "a folder of pictures: prepared into data.path"
+        merged.became["train_dir"] = ("data.kind", "data.prepare", "data.path"), remark
+        merged.became["val_dir"] = ("data.prepare",), remark
         return
     if train is not None and merged.level("data.prepare") < level and Path(str(train.value)).is_dir():
         merged.drop("data.prepare")  # what is there is to be trained on: no preset's corpus is written beside it

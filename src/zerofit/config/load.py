@@ -120,17 +120,17 @@ def without_ignored(notes: Sequence[Note], merged: Merged) -> list[Note]:
     """The notes, where those of settings that mean nothing for this kind of data say so."""
     gone = {entry.origin + entry.name: Note(entry.name, entry.value, entry.origin, "ignored", (), why)
             for entry, why in merged.ignored}  # fmt: skip
-    if merged.pictures:
-        notes = [_of_pictures(note) for note in notes]
+    notes = [_derived(note, merged) for note in notes]
     kept = [note for note in notes if note.origin + note.key.rpartition(".")[2] not in gone]
     return [*kept, *gone.values()]
 
 
-def _of_pictures(note: Note) -> Note:
-    """The note, where a folder was taken for one of pictures."""
-    targets = {"train_dir": ("data.kind", "data.prepare", "data.path"), "val_dir": ("data.prepare",)}.get(note.key)
-    remark = "a folder of pictures: prepared into data.path"
-    return replace(note, outcome="translated", targets=targets, remark=remark) if targets else note
+def _derived(note: Note, merged: Merged) -> Note:
+    """The note, where what the key became followed from other settings."""
+    targets, remark = merged.became.get(note.key.rpartition(".")[2], ((), ""))
+    if not targets:
+        return note
+    return replace(note, outcome="translated" if remark else note.outcome, targets=targets, remark=remark)
 
 
 def refuse_contradictions(file: Iterable[Entry], foreign: Iterable[Entry], typed: Iterable[Entry]) -> None:
