@@ -372,7 +372,7 @@ def test_the_tokenizer_goes_along_with_an_export(tmp_path: Path) -> None:
     out = tmp_path / "out"
     _prepare(out, tmp_path / "a.jsonl", tokenizer=str(_tokenizer_folder(tmp_path / "tok")))
     job: Any = SimpleNamespace(
-        source=SimpleNamespace(state={"data_path": str(out)}), model=SimpleNamespace(sequence_length=64)
+        source=SimpleNamespace(state={"data_path": str(out)}), model=SimpleNamespace(items_per_sample=64)
     )
     (tmp_path / "export").mkdir()
     assert "was written" in _write_tokenizer(job, tmp_path / "export")

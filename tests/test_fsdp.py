@@ -125,7 +125,7 @@ def start(world: World, plan: Plan) -> None:
 class _WithBuffer:
     """A recipe whose model computes a table when it is made."""
 
-    def build(self, config: Any, *, checkpoint_every: int = 0) -> nn.Module:
+    def build(self, config: Any, *, checkpoint_every: int = 0, recomputation: str = "full") -> nn.Module:
         model = nn.Sequential(nn.Linear(3, 3), nn.Module())
         model[1].register_buffer("table", torch.arange(4) * 0.5, persistent=False)
         return model

@@ -10,17 +10,6 @@ from rich.console import Console
 
 from ..config.models import LanguageModelShape, ModelShape
 from ..config.schema import Config, DataConfig
-from ..data.run_data import (
-    all_data,
-    check_all,
-    fingerprints,
-    first_folder,
-    open_data,
-    open_evaluation,
-    open_training,
-    prepare_all,
-    vocabulary_of,
-)
 from ..types import Batch, LossSum
 from .base import Best, Ending, Feed
 
@@ -35,31 +24,47 @@ PROBE_TOKENS = 64
 
 
 class LanguageModeling:
-    """Predict each next token. See `zerofit.tasks.base.Task`."""
+    """Predict each next token. See `zerofit.tasks.base.Task`.
+
+    Data is imported where it is touched: it needs NumPy, which a plan does without.
+    """
 
     items = "tokens"
     best = Best("val_loss")
 
     def prepare(self, config: Config, say: Callable[[str], None]) -> None:
+        from ..data.run_data import prepare_all
+
         prepare_all(config, say, Console(stderr=True))
 
     def decided_by_data(self, config: Config) -> dict[str, object]:
-        return {} if language_model(config.model).vocab_size is not None else {"vocab_size": vocabulary_of(config)}
+        if language_model(config.model).vocab_size is not None:
+            return {}
+        from ..data.run_data import vocabulary_of
+
+        return {"vocab_size": vocabulary_of(config)}
 
     def check(self, config: Config) -> Sequence[str]:
+        from ..data.run_data import check_all
+
         return check_all(config)
 
     def epoch_samples(self, config: Config) -> int:
+        from ..data.run_data import open_data
+
         return open_data(tokens_of(config), "train", language_model(config.model), config.seed).samples
 
     def facts(self, config: Config) -> dict[str, Any]:
         return {}
 
     def fingerprint(self, config: Config) -> dict[str, dict[str, Any]]:
+        from ..data.run_data import fingerprints
+
         return fingerprints(config)
 
     def open(self, config: Config, model: ModelConfig, share: Share, *, pin_memory: bool) -> Feed:
         from ..data.loader import TrainLoader, collate, evaluation_window
+        from ..data.run_data import all_data, open_evaluation, open_training
 
         shape = language_model(model)
         train = open_training(config, shape, share.global_batch)
@@ -87,6 +92,7 @@ class LanguageModeling:
         return metrics(sums)
 
     def words(self, config: Config, model: ModelConfig, predict: Callable[[Tensor], Tensor]) -> str | None:
+        from ..data.run_data import first_folder
         from ..data.tokenizers import load_tokenizer
         from .sampling import generate
 
