@@ -180,7 +180,9 @@ def _without_preset_pictures(resolved: ResolvedConfig) -> ResolvedConfig:
     config, origins = resolved.config, resolved.origins
     if not isinstance(config.data, ImageDataConfig) or not isinstance(config.model, ImageModelShape):
         return resolved
-    from ..data.images.store import is_prepared_images
+    if not config.data.path.is_dir():
+        return resolved
+    from ..data.images.store import is_prepared_images  # imports NumPy, which a plan without data does not need
 
     if not is_prepared_images(config.data.path):
         return resolved
