@@ -557,3 +557,8 @@ def test_the_length_of_a_sample_is_shown_under_the_architectures_name(tmp_path: 
     path = write(tmp_path, "old.yaml", "model_type: mamba\nnum_gpus: 1\nseq_length: 64\nbatch_size: 4\n")
     assert "max_seq_length: 64  # seq_length 64" in migrate(path)
     assert "set nothing here" not in migrate(path)
+
+
+def test_a_kind_over_a_preset_of_another_kind_is_told_to_choose_a_preset() -> None:
+    with pytest.raises(ConfigError, match=r"preset gpt2: model\.n_layer .* Choose a preset of that kind, or set"):
+        load_config(None, "gpt2", [("model.kind", "mamba")])

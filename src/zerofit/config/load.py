@@ -356,9 +356,10 @@ def _with_kinds(settings: dict[str, Entry]) -> dict[str, Entry]:
         for leaf, entry in given.items():
             if leaf not in known[str(kind)]:
                 owners = " and ".join(sorted(keys()[entry.name].kinds))
+                out = "Choose a preset of that kind" if entry.origin.startswith("preset ") else "Take it out"
                 raise ConfigError(
                     f"{entry.origin}: {entry.name} is a setting of {section}.kind {owners}, and {section}.kind is "
-                    f"{kind} ({settings[name].origin}). Take it out, or set {section}.kind {owners}; the keys of "
+                    f"{kind} ({settings[name].origin}). {out}, or set {section}.kind {owners}; the keys of "
                     f"{kind} are {', '.join(sorted(known[str(kind)] - {'kind'}))}."
                 )
     return settings
