@@ -210,3 +210,21 @@ def test_missing_and_broken_files_are_refused(tmp_path: Path) -> None:
 def test_large_vocabularies_take_four_bytes() -> None:
     assert dtype_for(65_535) == np.uint16
     assert dtype_for(65_536) == np.uint32
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokenizer.json", "train.bin"])
+def test_files_of_something_else_are_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(DataError, match=f"holds {name} and no complete pair"):
+        _prepare(tmp_path, _text_file(tmp_path))
+    assert (tmp_path / "out" / name).read_text(encoding="utf-8") == "mine"
+    prepare(DataConfig(path=tmp_path / "out", prepare=(_text_file(tmp_path),)), force=True)
+    assert len(open_tokens(tmp_path / "out", "train"))
+
+
+def test_a_folder_of_pictures_is_no_text_and_the_verb_for_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "animals" / "cat").mkdir(parents=True)
+    (tmp_path / "animals" / "cat" / "1.JPG").write_bytes(b"")
+    with pytest.raises(DataError, match=r"holds pictures and no text.*data prepare images"):
+        _prepare(tmp_path, str(tmp_path / "animals"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from zerofit.config.arguments import parse_arguments
 from zerofit.config.derived import Merged, derive
 from zerofit.config.dialects import aliases
+from zerofit.config.dialects.notes import Note
 from zerofit.config.documents import Entry
 from zerofit.config.keys import keys
 from zerofit.config.load import ResolvedConfig, load_config
 from zerofit.config.migrate import migrate
 from zerofit.errors import ConfigError
 from zerofit.planning.batch import possible_splits
+from zerofit.planning.translation import print_translation
 
 ZERO_2 = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
 
@@ -504,3 +508,57 @@ def test_folders_of_text_and_of_pictures() -> None:
     assert merged.settings["data.prepare"].value == ["d/train", "d/val"]
     assert merged.settings["data.path"].value == "d/prepared"
     assert merged.ignored == []
+
+
+def _pictures(root: Path) -> tuple[str, str]:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            (root / split / name / "1.png").write_bytes(b"")
+    return str(root / "train"), str(root / "val")
+
+
+def test_folders_that_hold_pictures_are_taken_for_pictures(tmp_path: Path) -> None:
+    train, val = _pictures(tmp_path)
+    for start in (["--model.kind", "resnet"], ["--model.layers", "18"], ["--preset", "animals90"]):
+        request = parse_arguments([*start, "--train_dir", train, "--val_dir", val])
+        found = load_config(None, request.preset, request.overrides)
+        assert found.config.data.kind == "images", start
+        assert found.config.data.prepare == (train, val)
+        assert found.config.data.path == tmp_path / "prepared"
+        assert [(note.key, note.outcome) for note in found.notes] == [
+            ("train_dir", "translated"), ("val_dir", "translated"),
+        ]  # fmt: skip
+        assert "data.kind" in found.notes[0].targets
+    with pytest.raises(ConfigError, match=r"holds pictures in folders of classes, and model\.kind gpt2 \(preset"):
+        load_config(None, "shakespeare_char", [("train_dir", train), ("val_dir", val)])
+
+
+def test_a_folder_of_ones_own_gets_no_corpus_of_a_preset(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("text")
+    assert load_config(None, "shakespeare_char", [("train_dir", str(tmp_path))]).config.data.prepare == ()
+    absent = load_config(None, "shakespeare_char", [("train_dir", str(tmp_path / "new"))])
+    assert absent.config.data.prepare == ("shakespeare",)
+
+
+def test_values_in_brackets_are_shown_as_they_are() -> None:
+    notes = [Note("train_dir", "[/odd]", "command line", "used", ("data.prepare",))]
+    config = load_config(None, "shakespeare_char", [("data.prepare", "[a, b]")]).config
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_translation(console, notes, config, None)
+    text = console.export_text()
+    assert "[/odd]" in text
+    assert "data.prepare [a, b]" in text
+
+
+def test_the_length_of_a_sample_is_shown_under_the_architectures_name(tmp_path: Path) -> None:
+    (note,) = typed("--seq_length 64").notes
+    assert (note.outcome, note.targets) == ("used", ("model.block_size",))
+    path = write(tmp_path, "old.yaml", "model_type: mamba\nnum_gpus: 1\nseq_length: 64\nbatch_size: 4\n")
+    assert "max_seq_length: 64  # seq_length 64" in migrate(path)
+    assert "set nothing here" not in migrate(path)
+
+
+def test_a_kind_over_a_preset_of_another_kind_is_told_to_choose_a_preset() -> None:
+    with pytest.raises(ConfigError, match=r"preset gpt2: model\.n_layer .* Choose a preset of that kind, or set"):
+        load_config(None, "gpt2", [("model.kind", "mamba")])

@@ -134,6 +134,12 @@ def test_a_model_and_data_of_different_kinds_are_refused() -> None:
         load_config(None, None, [("model.n_layer", "2"), ("data.kind", "images"), ("data.path", "x")])
 
 
+def test_a_stage_of_pictures_has_no_data_of_its_own() -> None:
+    typed = [("stages", "[{until: 3, data: {path: words}}, {learning_rate: 1e-4}]")]
+    with pytest.raises(ConfigError, match=r"stages have data of their own with data.kind images"):
+        load_config(None, "animals90", typed)
+
+
 def test_nested_settings_are_read_written_and_refused_by_their_full_name(tmp_path: Path) -> None:
     from zerofit.config.load import dump_resolved
 
@@ -312,6 +318,32 @@ def test_other_data_is_refused(
     assert run_verb(monkeypatch, *typed, "--resume", "latest", "--name", "small") == 2
     assert run_verb(monkeypatch, "eval", str(trained / "runs" / "small"), "--data", str(trained / "other-data")) == 2
     assert "they must be the same" in capsys.readouterr().err
+
+
+def test_pictures_where_tokens_are_wanted_are_named(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = f"[{{until: 5, data: {{path: {trained / 'data'}}}}}, {{}}]"
+    before = (trained / "data" / "meta.json").read_bytes()
+    typed = ["train", "--preset", "shakespeare_char", "--data.path", str(trained / "words"), "--stages", stages]
+    assert run_verb(monkeypatch, *typed, "--data.prepare", "[python-docs]", "--dry-run") == 2
+    assert "holds prepared pictures, and tokens are wanted" in capsys.readouterr().err
+    typed = ["train", "--preset", "shakespeare_char", "--data.path", str(trained / "data"), "--dry-run"]
+    assert run_verb(monkeypatch, *typed) == 2
+    assert (trained / "data" / "meta.json").read_bytes() == before
+
+
+def test_prepared_pictures_decide_what_the_preset_supposes(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = ["--preset", "animals90", "--data.path", str(trained / "data")]
+    assert run_verb(monkeypatch, "train", *typed, "--data.cache_size", "32", "--dry-run") == 0
+    assert f"model.num_classes {len(CLASSES)}, as" in " ".join(capsys.readouterr().out.split())
+    assert run_verb(monkeypatch, "plan", *typed, "--json") == 0
+    parameters = json.loads(capsys.readouterr().out)["model"]["parameters"]
+    assert parameters == ResNetConfig(kind="resnet", layers=18, num_classes=len(CLASSES)).parameter_count()
+    assert run_verb(monkeypatch, "train", *typed, "--data.prepare", "elsewhere", "--dry-run") == 2
+    assert "data.prepare names elsewhere" in " ".join(capsys.readouterr().err.split())
 
 
 # ------------------------------------------------------------------------------------------------------ small parts

@@ -119,5 +119,6 @@ def weights_of(saved: Saved, weights: str) -> Saved | Averaged:
 def _refuse_choice(path: Path, which: str) -> None:
     if which != "latest":
         raise CheckpointError(
-            f"The checkpoint {which!r} was asked for, and {path} is no run with several to choose from. Leave it out."
+            f"The checkpoint {which!r} was looked for, and {path} is no run with several to choose from: it holds no "
+            f"folder `checkpoints`. Give runs/NAME; of a step folder or another tool's leave --checkpoint out."
         )

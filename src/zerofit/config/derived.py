@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from ..errors import ConfigError
 from .dialects.aliases import (
@@ -17,6 +17,7 @@ from .dialects.aliases import (
     ratio_to_batches,
 )
 from .documents import Entry, describe_value
+from .images import PICTURE_SUFFIXES
 from .keys import keys, kinds
 
 #: The layer of what DeepSpeed takes where its file is silent: everything wins over it.
@@ -36,6 +37,8 @@ class Merged:
     levels: dict[str, int] = field(default_factory=dict)
     ignored: list[tuple[Entry, str]] = field(default_factory=list)
     """What turned out to mean nothing for this kind of data, and why."""
+    became: dict[str, tuple[tuple[str, ...], str]] = field(default_factory=dict)
+    """Alias -> what it set, where that followed from other settings, and what to know about it."""
 
     def put(self, entry: Entry, level: int) -> None:
         """Set; a later layer wins."""
@@ -83,6 +86,7 @@ def _sequence_length(merged: Merged) -> None:
     named = "model.d_model" in merged.settings if kind is None else kind in keys()["model.max_seq_length"].kinds
     name, level = "model.max_seq_length" if named else "model.block_size", merged.level(SEQUENCE_LENGTH)
     merged.drop(SEQUENCE_LENGTH)
+    merged.became["seq_length"] = (name,), ""
     if merged.level(name) <= level:
         merged.put(Entry(name, entry.value, entry.origin), level)
 
@@ -94,21 +98,60 @@ def _folders(merged: Merged) -> None:
     for name in (TRAIN_DIR, VAL_DIR):
         merged.drop(name)
     train, validation = found
-    pictures = "data.kind" in merged.settings and merged.settings["data.kind"].value == "images"
-    if pictures and train is not None:
+    if train is not None and _of_pictures(merged, train):
         folders = [str(entry.value) for entry in found if entry is not None]
         prepared = str(PurePath(str(train.value)).parent / "prepared")
-        for name, value in (("data.prepare", folders), ("data.path", prepared)):
+        for name, value in (("data.kind", "images"), ("data.prepare", folders), ("data.path", prepared)):
             if merged.level(name) < level:
                 merged.put(Entry(name, value, train.origin), level)
+        remark = "a folder of pictures: prepared into data.path"
+        merged.became["train_dir"] = ("data.kind", "data.prepare", "data.path"), remark
+        merged.became["val_dir"] = ("data.prepare",), remark
         return
+    if train is not None and merged.level("data.prepare") < level and Path(str(train.value)).is_dir():
+        merged.drop("data.prepare")  # what is there is to be trained on: no preset's corpus is written beside it
     if train is not None and merged.level("data.path") < level:
         merged.put(Entry("data.path", train.value, train.origin), level)
     if validation is not None:
-        why = (
-            "validation tokens lie in data.path, beside those for training" if not pictures else "train_dir is missing"
-        )
+        alone = train is None and _kind_of_data(merged) == "images"
+        why = "train_dir is missing" if alone else "validation tokens lie in data.path, beside those for training"
         merged.ignored.append((Entry("val_dir", validation.value, validation.origin), why))
+
+
+def _kind_of_data(merged: Merged) -> object:
+    return merged.settings["data.kind"].value if "data.kind" in merged.settings else None
+
+
+def _of_pictures(merged: Merged, train: Entry) -> bool:
+    """Whether the folder for training is one of pictures: because it is said, or because that is what lies in it.
+
+    Raises:
+        ConfigError: it holds pictures, and the model is one of text.
+    """
+    pictured, kind = keys()["model.num_classes"].kinds, merged.settings.get("model.kind")
+    if _kind_of_data(merged) is not None:
+        return _kind_of_data(merged) == "images"
+    if kind is not None and kind.value in pictured:
+        return True
+    if not _holds_classes(Path(str(train.value))):
+        return False
+    shape = kind or next((e for n, e in merged.settings.items() if n in keys() and n.startswith("model.")
+                          and keys()[n].kinds.isdisjoint(pictured)), None)  # fmt: skip
+    if shape is not None:
+        raise ConfigError(
+            f"{train.origin}: train_dir {train.value} holds pictures in folders of classes, and {shape.name} "
+            f"{shape.value} ({shape.origin}) is of a model of text. Train a classifier of pictures (--preset "
+            f"animals90, or model.kind {' or '.join(sorted(pictured))}), or name a folder of tokens."
+        )
+    return True
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Whether `folder` holds folders with pictures, and no tokens."""
+    if not folder.is_dir() or (folder / "train.bin").exists():
+        return False
+    inside = (file for place in folder.iterdir() if place.is_dir() for file in place.iterdir())
+    return any(file.suffix.lower() in PICTURE_SUFFIXES for file in inside)
 
 
 def _of_other_kinds(merged: Merged) -> None:

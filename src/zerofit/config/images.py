@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from .models import Section
 
+#: Names of files that are taken for pictures end so.
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"})
 #: Pixels of a picture above which Pillow itself refuses to decode.
 PILLOW_MAX_PIXELS = 178_956_970
 

@@ -120,8 +120,17 @@ def without_ignored(notes: Sequence[Note], merged: Merged) -> list[Note]:
     """The notes, where those of settings that mean nothing for this kind of data say so."""
     gone = {entry.origin + entry.name: Note(entry.name, entry.value, entry.origin, "ignored", (), why)
             for entry, why in merged.ignored}  # fmt: skip
+    notes = [_derived(note, merged) for note in notes]
     kept = [note for note in notes if note.origin + note.key.rpartition(".")[2] not in gone]
     return [*kept, *gone.values()]
+
+
+def _derived(note: Note, merged: Merged) -> Note:
+    """The note, where what the key became followed from other settings."""
+    targets, remark = merged.became.get(note.key.rpartition(".")[2], ((), ""))
+    if not targets:
+        return note
+    return replace(note, outcome="translated" if remark else note.outcome, targets=targets, remark=remark)
 
 
 def refuse_contradictions(file: Iterable[Entry], foreign: Iterable[Entry], typed: Iterable[Entry]) -> None:
@@ -347,9 +356,10 @@ def _with_kinds(settings: dict[str, Entry]) -> dict[str, Entry]:
         for leaf, entry in given.items():
             if leaf not in known[str(kind)]:
                 owners = " and ".join(sorted(keys()[entry.name].kinds))
+                out = "Choose a preset of that kind" if entry.origin.startswith("preset ") else "Take it out"
                 raise ConfigError(
                     f"{entry.origin}: {entry.name} is a setting of {section}.kind {owners}, and {section}.kind is "
-                    f"{kind} ({settings[name].origin}). Take it out, or set {section}.kind {owners}; the keys of "
+                    f"{kind} ({settings[name].origin}). {out}, or set {section}.kind {owners}; the keys of "
                     f"{kind} are {', '.join(sorted(known[str(kind)] - {'kind'}))}."
                 )
     return settings
@@ -396,7 +406,7 @@ def _wrong_inside(key: Key, entry: Entry, inner: Sequence[str], complaint: Mappi
 
 def _missing(name: str) -> ConfigError:
     needed = [key for key in keys().values() if key.name == name or key.name.startswith(f"{name}.")]
-    examples = " or ".join(f"--{key.name}" for key in needed[:2])
+    examples = " or ".join(f"--{key.name}" for key in needed[: 1 if name == "model" else 2])
     return ConfigError(
         f"Nothing sets {name}, and there is no run without it. Start from a preset with --preset (`zerofit presets` "
         f"lists them), name a configuration file, or set it with {examples}."

@@ -386,6 +386,11 @@ def _check_data(config: Config) -> None:
             f"init_from {config.init_from} with model.kind {config.model.kind}: init_from names weights of language "
             f"models; for a classifier set model.weights_from {config.init_from}, or model.pretrained true"
         )
+    if wanted == "images" and any(stage.data is not None for stage in config.stages):
+        raise ValueError(
+            f"stages have data of their own with data.kind images: a run on pictures reads {config.data.path} from "
+            f"first to last; its stages may have learning_rate and schedule"
+        )
 
 
 def _check_end(config: Config) -> None:

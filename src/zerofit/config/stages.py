@@ -37,7 +37,7 @@ class Span:
 def spans(config: Config) -> list[Span]:
     """The stages in order; one span for a run without stages."""
     peak, schedule, last = config.optimizer.learning_rate, config.schedule, config.max_steps
-    # Of pictures there are no stages, and nobody looks at this.
+    # Of pictures no stage has data of its own, and nobody looks at this.
     own = cast("DataConfig", config.data)
     if not config.stages:
         return [Span("", 0, last, own, peak, schedule, 0, last)]

@@ -49,6 +49,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not JSON ({error}). Prepare the data again with `zerofit data prepare`.") from error
     if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
         found = meta.get("dtype") if isinstance(meta, dict) else meta
+        if isinstance(meta, dict) and "classes" in meta:
+            raise DataError(
+                f"{folder} holds prepared pictures, and tokens are wanted. Name a folder of `zerofit data prepare`, or "
+                f"train a classifier of pictures on it (`zerofit train --preset animals90 --data.path {folder}`)."
+            )
         raise DataError(f"{path}: dtype {found!r}; tokens are uint16 or uint32. Prepare the data again.")
     return meta
 

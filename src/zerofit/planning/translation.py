@@ -8,6 +8,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..config.dialects.notes import Note
@@ -44,11 +45,7 @@ def translation_table(notes: Sequence[Note], config: Config, plan: Plan | None) 
         here = "; ".join(f"{name} {_text(value)}" for name, value in effective(note, config, plan).items())
         parts = [part for part in (here, note.remark) if part]
         table.add_row(
-            note.key,
-            _text(note.value),
-            PurePath(note.origin).name,
-            note.outcome,
-            ": ".join(parts),
+            *map(escape, (note.key, _text(note.value), PurePath(note.origin).name, note.outcome, ": ".join(parts))),
             style=_STYLES.get(note.outcome),
         )
     return table

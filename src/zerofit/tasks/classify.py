@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.images import ImageDataConfig
+from ..config.images import PICTURE_SUFFIXES, ImageDataConfig
 from ..data.augment import Augment
 from ..data.images.decode import BadPicture, Decoded, Limits, decode
-from ..data.images.discover import SUFFIXES
 from ..errors import DataError
 
 #: A picture of fewer or more pixels is not looked at; the limits of preparation are of training data.
@@ -44,9 +43,11 @@ def pictures_in(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
             if not inside:
-                raise DataError(f"{path} holds no pictures ({', '.join(sorted(SUFFIXES))}). Name a folder that does.")
+                raise DataError(
+                    f"{path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}). Name a folder that does."
+                )
             found += inside
         elif path.is_file():
             found.append(path)

@@ -16,6 +16,7 @@ from ..checkpoint.manifest import MANIFEST, check_same_model, read_manifest, ste
 from ..config.arguments import Request
 from ..config.durations import parse_duration
 from ..config.image_models import ImageModelShape
+from ..config.images import ImageDataConfig
 from ..config.load import COMMAND_LINE, DEFAULT, ResolvedConfig
 from ..config.models import HuggingFaceConfig
 from ..config.schema import Config
@@ -131,7 +132,8 @@ def with_data(resolved: ResolvedConfig, console: Console) -> ResolvedConfig:
     task = task_of(resolved.config.model)
     try:
         task.prepare(resolved.config, lambda text: _say(console, text))
-        resolved = with_model_of_data(resolved)
+        supposed, resolved = resolved.config.model, with_model_of_data(resolved)
+        _say_classes(console, supposed, resolved)
         for note in task.check(resolved.config):
             _say(console, note)
     except DataError as error:
@@ -150,12 +152,48 @@ def with_model_of_data(resolved: ResolvedConfig) -> ResolvedConfig:
     config = resolved.config
     if isinstance(config.model, HuggingFaceConfig):
         return ResolvedConfig(config.model_copy(update={"model": completed(config.model)}), resolved.origins)
+    resolved = _without_preset_pictures(resolved)
+    config = resolved.config
     decided = task_of(config.model).decided_by_data(config)
     if not decided:
         return resolved
     origins = {**resolved.origins, **{f"model.{name}": f"data {config.data.path}" for name in decided}}
     model = config.model.model_copy(update=decided)
     return replace(resolved, config=config.model_copy(update={"model": model}), origins=origins)
+
+
+def _say_classes(console: Console, before: object, resolved: ResolvedConfig) -> None:
+    """Tell that the preset's number of classes gave way."""
+    model = resolved.config.model
+    if not isinstance(before, ImageModelShape) or not isinstance(model, ImageModelShape):
+        return
+    if before.num_classes not in (None, model.num_classes):
+        _say(
+            console,
+            f"model.num_classes {model.num_classes}, as {resolved.config.data.path} has (the preset says "
+            f"{before.num_classes}).",
+        )
+
+
+def _without_preset_pictures(resolved: ResolvedConfig) -> ResolvedConfig:
+    """Where prepared pictures are there, they decide what a preset only supposes: the number of classes, and what they
+    were made of."""
+    config, origins = resolved.config, resolved.origins
+    if not isinstance(config.data, ImageDataConfig) or not isinstance(config.model, ImageModelShape):
+        return resolved
+    if not config.data.path.is_dir():
+        return resolved
+    from ..data.images.store import is_prepared_images  # imports NumPy, which a plan without data does not need
+
+    if not is_prepared_images(config.data.path):
+        return resolved
+    supposed = {name for name, origin in origins.items() if origin.startswith("preset ")}
+    data, model = config.data, config.model
+    if "data.prepare" in supposed and "data.path" not in supposed:
+        data, origins = data.model_copy(update={"prepare": ()}), {**origins, "data.prepare": f"data {data.path}"}
+    if "model.num_classes" in supposed:
+        model = model.model_copy(update={"num_classes": None})
+    return replace(resolved, config=config.model_copy(update={"data": data, "model": model}), origins=origins)
 
 
 def make_plan(config: Config, console: Console) -> tuple[Choice, Hardware]:

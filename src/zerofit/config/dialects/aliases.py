@@ -206,7 +206,8 @@ _MIXED = {**_PRECISIONS, "no": "fp32", "none": "fp32", "false": "fp32", "true": 
 
 _TABLE = (
     # Data and length
-    Alias("train_dir", (_S,), "data.path; for pictures the first of data.prepare", _as(TRAIN_DIR)),
+    Alias("train_dir", (_S,), "data.path; where it holds pictures in folders of classes, data.kind images and the "
+          "first of data.prepare", _as(TRAIN_DIR)),
     Alias("val_dir", (_S,), "for pictures the second of data.prepare; for text nothing: validation tokens lie in "
           "data.path, beside those for training", _as(VAL_DIR)),
     Alias("data_dir", (_S,), "data.path", _as("data.path")),
@@ -278,10 +279,8 @@ _TABLE = (
           _always_save, switch=True),
     Alias("model_name_or_path", (_H,), "init_from", _as("init_from")),
     # What zerofit does by itself, or has not
-    Alias("num_workers", (_S,), "nothing: tokens are read from memory-mapped files without workers", off=(0,)),
-    Alias("dataloader_num_workers", (_H,), "nothing: tokens are read from memory-mapped files without workers",
-          off=(0,)),
-    Alias("pin_memory", (_S,), "nothing: batches are page-locked whenever training is on a GPU"),
+    Alias("dataloader_num_workers", (_H,), "nothing: tokens are read from memory-mapped files without workers; of "
+          "pictures it is data.num_workers", off=(0,)),
     Alias("dataloader_pin_memory", (_H,), "nothing: batches are page-locked whenever training is on a GPU"),
     Alias("port", (_S,), "nothing: the launcher finds a free port itself"),
     Alias("master_port", (_S,), "nothing: the launcher finds a free port itself"),

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...config.images import PICTURE_SUFFIXES
 from ...errors import DataError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif"})
 #: Names of the folder of validation pictures beside ``train``.
 VALIDATION_NAMES = ("val", "valid", "validation")
 #: Names of a message's list.
@@ -121,7 +121,7 @@ def _pictures(folder: Path, class_name: str, split: str | None, others: Counter[
     seen: set[tuple[int, int]] = set()
     for path, stat in _walk(str(folder), seen):
         suffix = os.path.splitext(path)[1].lower()  # noqa: PTH122 - a million paths: strings are faster
-        if suffix in SUFFIXES:
+        if suffix in PICTURE_SUFFIXES:
             yield Picture(path, class_name, split, stat.st_size, stat.st_mtime_ns)
         else:
             others[suffix or "no suffix"] += 1
@@ -149,7 +149,7 @@ def _refuse_nothing(roots: Sequence[tuple[str | None, Path]], pictures: list[Pic
     if pictures:
         return
     root = roots[0][1]
-    loose = sum(Path(entry.name).suffix.lower() in SUFFIXES for entry in os.scandir(root))
+    loose = sum(Path(entry.name).suffix.lower() in PICTURE_SUFFIXES for entry in os.scandir(root))
     if loose:
         raise DataError(
             f"{root} holds {loose} pictures and no folders of classes. A picture's class is the name of its folder: "
@@ -158,7 +158,7 @@ def _refuse_nothing(roots: Sequence[tuple[str | None, Path]], pictures: list[Pic
     there = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5)) or "nothing"
     raise DataError(
         f"{' and '.join(str(path) for _, path in roots)}: no pictures in folders of classes; found {there}. Pictures "
-        f"are {', '.join(sorted(SUFFIXES))}, in FOLDER/CLASS/ or FOLDER/train/CLASS/ and FOLDER/val/CLASS/."
+        f"are {', '.join(sorted(PICTURE_SUFFIXES))}, in FOLDER/CLASS/ or FOLDER/train/CLASS/ and FOLDER/val/CLASS/."
     )
 
 

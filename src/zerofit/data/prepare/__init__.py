@@ -105,6 +105,8 @@ def prepare(
     reading = Reading(config.text_key, config.errors, Subset.of_text(config.subset), workers)
     corpus = open_source(config.prepare, reading)
     work = config.path.with_name(config.path.name + ".partial")
+    if not force and not work.exists():  # with it, what lies there are files that a kill left half published
+        _refuse_others_files(config.path)
     with _only_one(config.path), meter(console, corpus.total_bytes) as bar:
         if force:
             shutil.rmtree(work, ignore_errors=True)
@@ -118,6 +120,22 @@ def prepare(
                 f"finished is kept: the same command goes on where it stopped."
             ) from error
     return prepared
+
+
+def _refuse_others_files(folder: Path) -> None:
+    """Refuse a folder with files of the names that are written, which are somebody's: prepared pictures, a tokenizer.
+
+    Raises:
+        DataError: it holds some.
+    """
+    names = (META, NANOGPT_META, TOKENIZER_FILE, *(f"{split}.bin" for split in SPLITS))
+    there = [name for name in names if (folder / name).exists()]
+    if there:
+        raise DataError(
+            f"{folder} holds {', '.join(there)} and no complete pair of train.bin and val.bin, so it is of something "
+            f"else, and tokens prepared into it would take the place of these files. Prepare into another folder "
+            f"(--out, or data.path), or write over them with `zerofit data prepare … --force`."
+        )
 
 
 def _request(config: DataConfig) -> dict[str, Any]:
@@ -256,5 +274,7 @@ def _only_one(folder: Path) -> Iterator[None]:
             raise DataError(
                 f"{folder} is being prepared by another process. Wait for it, or prepare into another folder (--out)."
             ) from error
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

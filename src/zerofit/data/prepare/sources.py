@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...config.images import PICTURE_SUFFIXES
 from ...errors import DataError
 from .files import ARCHIVES, COMPRESSIONS, SUFFIXES, File, file_of, read_documents
 from .pieces import Piece, Tally, cut
@@ -163,6 +164,11 @@ def _files(name: str) -> list[File]:
         found = [path] if path.is_file() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
         found = [p for p in found if p.is_file()]
     if not found:
+        if path.is_dir() and any(p.suffix.lower() in PICTURE_SUFFIXES for p in path.rglob("*")):
+            raise DataError(
+                f"{name!r} holds pictures and no text. Pictures in folders of classes are prepared with `zerofit data "
+                f"prepare images {name}`, and trained on with an image classifier (`zerofit train --preset animals90`)."
+            )
         raise DataError(
             f"{name!r}: no such text. Sources are {', '.join(BUILT_IN)}, or files, folders and patterns of "
             f"{', '.join(SUFFIXES)} and {ARCHIVES[0]}."
