@@ -79,19 +79,13 @@ class DDPEngine:
         if self.fp32_gradients is not None and self.world.world_size > 1:
             dist.all_reduce(self.fp32_gradients)
             self.fp32_gradients /= self.world.world_size
-        scale = self.scaler.scale.clone()
         self.held.release()
-        grad_norm = self.optimizer.gradient_norm() / scale.float()
-        overflow = ~torch.isfinite(grad_norm)
-        clip = self.plan.optimizer.grad_clip
-        divisor = scale.float() * (((grad_norm + 1e-6) / clip).clamp(min=1.0) if clip else 1.0)
-        self.optimizer.step(lr, divisor, overflow.float())
-        self.scaler.update(overflow)
+        outcome = self.optimizer.clip_and_step(lr, self.optimizer.gradient_norm(), self.scaler)
         if self.fp32_gradients is not None:
             self.fp32_gradients.zero_()
         else:
             self.model.zero_grad(set_to_none=True)
-        return grad_norm, overflow, scale
+        return outcome
 
     def _accumulate_in_fp32(self) -> Tensor:
         """One flat fp32 gradient; each half-precision gradient is added to it and freed as soon as it is made."""

@@ -18,6 +18,7 @@ from ..kernels.optimizer_step import BLOCK, Moment
 from ..planning.optimizer_states import state_groups
 from ..planning.plan import OptimizerPlan
 from ..types import Fragment, Reader
+from .loss_scale import LossScaler
 from .updates import Region, StepInputs, make_means, make_update
 
 #: Elements that a chunk holds at most: 128 MiB of fp32 gradients.
@@ -132,6 +133,24 @@ class FlatOptimizer:
         norms = torch._foreach_norm(gradients, 2, dtype=dtype)
         total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return total.float()
+
+    def clip_and_step(self, lr: float, scaled_norm: Tensor, scaler: LossScaler) -> tuple[Tensor, Tensor, Tensor]:
+        """Clip, step unless the gradient is not finite, and let the loss scale follow; nothing waits for the device.
+
+        Args:
+            scaled_norm: of the whole gradient as it is, the same on every rank; a scalar fp32 tensor.
+
+        Returns:
+            The unscaled norm, whether the step was skipped, and the scale that it ran under.
+        """
+        scale = scaler.scale.clone()
+        grad_norm = scaled_norm / scale.float()
+        overflow = ~torch.isfinite(grad_norm)
+        clip = self.plan.grad_clip
+        divisor = scale.float() * (((grad_norm + 1e-6) / clip).clamp(min=1.0) if clip else 1.0)
+        self.step(lr, divisor, overflow.float())
+        scaler.update(overflow)
+        return grad_norm, overflow, scale
 
     @torch.no_grad()
     def step(self, lr: float, grad_divisor: Tensor, found_inf: Tensor) -> None:

@@ -81,19 +81,13 @@ class FSDPEngine:
         """Clip and step. Returns the unscaled norm, whether the step was skipped, and the scale it ran under."""
         if self.fp32_gradients is not None:
             self.fp32_gradients.finish()
-        scale = self.scaler.scale.clone()
         self.held.release()
-        grad_norm = self._gradient_norm() / scale.float()
-        overflow = ~torch.isfinite(grad_norm)
-        clip = self.plan.optimizer.grad_clip
-        divisor = scale.float() * (((grad_norm + 1e-6) / clip).clamp(min=1.0) if clip else 1.0)
-        self.optimizer.step(lr, divisor, overflow.float())
+        outcome = self.optimizer.clip_and_step(lr, self._gradient_norm(), self.scaler)
         self.shards.refresh()
-        self.scaler.update(overflow)
         if self.fp32_gradients is not None:
             self.fp32_gradients.flat.zero_()
         self.shards.drop_gradients()
-        return grad_norm, overflow, scale
+        return outcome
 
     def _gradient_norm(self) -> Tensor:
         """L2 norm over all ranks' shards, a scalar fp32 tensor, the same on every rank. Collective."""

@@ -16,7 +16,6 @@ from torch import Tensor
 # --- depthwise causal convolution + SiLU ------------------------------------------------------------------------------
 
 
-MAX_TAPS = 4
 #: Channels a program takes, and steps of time it walks through with the last inputs in registers.
 CONV_CHANNELS, CONV_STEPS = 256, 64
 

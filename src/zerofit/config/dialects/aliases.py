@@ -16,7 +16,7 @@ from typing import Literal
 
 from ...errors import ConfigError
 from ..documents import Entry, describe_value
-from ..keys import find_key, keys
+from ..keys import keys
 from .notes import Note, Reading, noted, translated
 
 Dialect = Literal["DeepSpeed script", "nanoGPT", "Hugging Face"]
@@ -416,12 +416,3 @@ def rows() -> Iterator[tuple[str, str, str]]:
 def ratio_to_batches(iterations: int, micro_batch: int, global_batch: int) -> int:
     """nanoGPT's evaluation batches in global batches of as many samples, rounded up."""
     return math.ceil(iterations * micro_batch / global_batch)
-
-
-def is_own(name: str, where: str) -> bool:
-    """Whether `name` is one of zerofit's keys, dotted or short."""
-    try:
-        find_key(name, where)
-    except ConfigError:
-        return False
-    return True

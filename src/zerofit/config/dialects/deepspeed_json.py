@@ -7,7 +7,7 @@ everything that the rest of the configuration says.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -556,9 +556,3 @@ def _kinds(section: str) -> tuple[str, ...]:
 
 def _silence(reader: _Reader) -> str:
     return f"DeepSpeed's default ({reader.source} is silent)"
-
-
-def keys_without_notes(reading: Reading, entries: Iterator[Entry]) -> list[str]:
-    """Keys of which `reading` says nothing; none, unless the tables above have a hole."""
-    told = {note.key for note in reading.notes}
-    return [entry.name for entry in entries if _modern(entry).name not in told]
