@@ -5,11 +5,12 @@
     python benchmarks/mamba.py --small --gpus 2 --out /tmp/mamba.json          # a dry run without GPUs
 
 Each case runs in processes of its own with a time limit, and the results are written after each; running out of memory
-is a result. Random tokens; the median of the steps after the warm-up; peaks of PyTorch's allocator on rank 0, and what
-the driver shows, beside what the planner says. Cases whose name starts with ``24gb`` run while another process holds
-all but 24,150 MiB of every GPU: that emulates the memory of such cards, not their speed. ``--peer`` names a folder from
-which ``mamba_ssm`` can be imported, or one with its scan's kernels as peer.so (see
-benchmarks/kernels.py); without it the peer's cases are left out.
+is a result. Random tokens; the median of the steps after the warm-up; peaks of PyTorch's allocator on rank 0 (the start
+included, which is also told apart), and what the driver shows, beside what the planner says. Cases whose name starts
+with ``24gb`` run while another process holds all but 24,150 MiB of every GPU: that emulates the memory of such cards,
+not their speed. ``--peer`` names a folder from which ``mamba_ssm`` can be imported, or one with its scan's kernels as
+peer.so (see benchmarks/kernels.py); without it the peer's cases are left out. ``--small`` runs the same cases as tiny
+models, on CPUs the peer's too (with PyTorch's scan), and where there are GPUs under the same ballast.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -105,38 +105,56 @@ def main() -> None:
 
 def run_all(args: argparse.Namespace) -> None:
     """Run the cases one after another, print a row as each ends, and write all figures as JSON."""
-    from zerofit.launch.trials import Trial, run_trial
-
     names = args.cases.split(",") if args.cases else [n for n, c in CASES.items() if _suits(c, args)]
+    if unknown := sorted(set(names) - set(CASES)):
+        sys.exit(f"no such cases: {', '.join(unknown)}; there are {', '.join(CASES)}")
     results: dict[str, Any] = {"date": date.today().isoformat(), "gpus": args.gpus, "small": args.small, "cases": {}}
     started = time.monotonic()
+    weight = _Ballast(stub=args.small and not _has_gpus())
     print(f"{'case':30} {'ms/step':>9} {'tokens/s':>9} {'alloc':>7} {'said':>7} {'reserved':>8} {'said':>7} GiB")
-    for name in names:
-        case = CASES[name]
-        if time.monotonic() - started > args.budget_seconds:
-            break
-        row: dict[str, Any] = {"case": case}
-        try:
-            row["predicted"] = {} if "peer" in case else predicted(case, args)
-        except Exception as error:  # a strategy or a setting that this version does not have
-            row |= {"status": "not in this version", "log": f"{type(error).__name__}: {error}"[:600]}
-        if "status" not in row and not args.predict_only:
-            gpus = case.get("gpus", args.gpus)
-            arguments = ["--case", name, "--gpus", str(args.gpus), "--peer", args.peer]
-            arguments += ["--small"] if args.small else []
-            with ballast(gpus) if case.get("card") and not args.small else nullcontext():
-                outcome = run_trial(Trial(Path(__file__), arguments, gpus, args.limit_seconds))
-            row |= {"status": outcome.status, "seconds": outcome.seconds, **(outcome.result or {})}
-            if outcome.status != "ok":
-                row["log"] = outcome.log_tail[-3000:]
-        results["cases"][name] = row
-        _print_row(name, row)
-        args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    try:
+        for name in names:
+            if time.monotonic() - started > args.budget_seconds:
+                break
+            row = tried(name, args, weight)
+            results["cases"][name] = row
+            _print_row(name, row)
+            args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    finally:
+        weight.release()
+
+
+def tried(name: str, args: argparse.Namespace, weight: _Ballast) -> dict[str, Any]:
+    """One case: what the planner says, and what came of it in a process group of its own."""
+    from zerofit.launch.trials import Trial, run_trial
+
+    case = CASES[name]
+    row: dict[str, Any] = {"case": case}
+    try:
+        row["predicted"] = {} if "peer" in case else predicted(case, args)
+    except Exception as error:  # a strategy or a setting that this version does not have
+        return row | {"status": "not in this version", "log": f"{type(error).__name__}: {error}"[:600]}
+    if args.predict_only:
+        return row
+    gpus = case.get("gpus", args.gpus)
+    arguments = ["--case", name, "--gpus", str(args.gpus), "--peer", args.peer]
+    arguments += ["--small"] if args.small else []
+    try:
+        weight.hold(gpus) if case.get("card") else weight.release()
+    except RuntimeError as error:
+        return row | {"status": "no ballast", "log": str(error)}
+    outcome = run_trial(Trial(Path(__file__), arguments, gpus, args.limit_seconds))
+    row |= {"status": outcome.status, "seconds": outcome.seconds, **(outcome.result or {})}
+    if outcome.status != "ok":
+        return row | {"log": outcome.log_tail[-3000:]}
+    # A kernel that fell back to a slower way said so.
+    said = [line for line in outcome.log_tail.splitlines() if "Warning" in line or line.startswith('{"peer"')]
+    return row | ({"said": said} if said else {})
 
 
 def _suits(case: dict[str, Any], args: argparse.Namespace) -> bool:
-    if "peer" in case and (not args.peer or args.small):
-        return False
+    if "peer" in case and (_has_gpus() if args.small else not args.peer):
+        return False  # its kernel takes whole chunks of 2048 tokens
     return case.get("gpus", args.gpus) <= args.gpus and (args.gpus > 1 or "gpus" in case)
 
 
@@ -221,9 +239,15 @@ def run_case(args: argparse.Namespace) -> None:
     from zerofit.launch.trials import write_result
 
     case = CASES[args.case]
+    cuda, began = torch.cuda.is_available(), time.perf_counter()
+    if not cuda and not args.small:
+        sys.exit("no GPU here: --small tries the cases on a CPU")
     step, tokens, parameters = (run_peer if "peer" in case else run_ours)(case, args)
+    started_bytes = torch.cuda.max_memory_allocated() if cuda else 0
+    started_seconds = time.perf_counter() - began
     losses, times = [], []
-    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # what was reserved stays, and so counts
     synchronize: Callable[[], None] = torch.cuda.synchronize if cuda else (lambda: None)
     for index in range(WARM_UP + case.get("steps", STEPS)):
         synchronize()
@@ -240,9 +264,12 @@ def run_case(args: argparse.Namespace) -> None:
             "tokens_per_second": tokens / seconds,
             "mfu_6p": tokens / seconds * 6 * parameters / (989e12 * case.get("gpus", args.gpus)),
             "parameters": parameters,
-            "allocated_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+            "start_seconds": started_seconds,
+            "start_allocated_bytes": started_bytes,
+            "allocated_bytes": max(started_bytes, torch.cuda.max_memory_allocated()) if cuda else 0,
             "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
-            "driver_bytes": total - free,
+            # Of this process: what the ballast holds is not in it.
+            "driver_bytes": (CARD_MIB * MIB if case.get("card") else total) - free,
             "losses": losses,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "torch": torch.__version__,
@@ -288,7 +315,8 @@ def quick_reader(spec: Any, model: Any) -> Any:
         bound = 0.035 if name == "embedding.weight" else shapes[name][1] ** -0.5
         if name.endswith("out_proj.weight"):
             bound /= model.n_layers**0.5
-        return bound * piece[torch.arange(start, stop) % piece.numel()]
+        first = start % piece.numel()
+        return (bound * piece).repeat((first + stop - start) // piece.numel() + 1)[first : first + stop - start]
 
     return read
 
@@ -301,27 +329,47 @@ def run_peer(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
     return make_step(shape(case, args.small), Path(args.peer), case, args.gpus)
 
 
-@contextmanager
-def ballast(gpus: int) -> Iterator[None]:
-    """Inside, the driver shows `CARD_MIB` free on each of the first GPUs."""
-    holders = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--hold-mib", str(CARD_MIB)],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": _visible(index)},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )
-        for index in range(gpus)
-    ]  # fmt: skip
-    try:
-        for holder in holders:
+class _Ballast:
+    """Processes that hold all but `CARD_MIB` of each of the first GPUs; kept from one case to the next."""
+
+    def __init__(self, stub: bool) -> None:
+        self._stub = stub
+        self._holders: list[subprocess.Popen[str]] = []
+
+    def hold(self, gpus: int) -> None:
+        """Raises RuntimeError when a GPU's memory is not held."""
+        if self._stub or len(self._holders) == gpus:
+            return
+        self.release()
+        self._holders = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--hold-mib", str(CARD_MIB)],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": _visible(index)},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )
+            for index in range(gpus)
+        ]  # fmt: skip
+        for index, holder in enumerate(self._holders):
             assert holder.stdout is not None
-            print("  " + holder.stdout.readline().strip(), flush=True)
-        yield
-    finally:
-        for holder in holders:
+            said = holder.stdout.readline().strip()
+            print(f"  GPU {index}: {said}", flush=True)
+            if not said:
+                self.release()
+                raise RuntimeError(f"the process that should hold the memory of GPU {index} ended at once")
+
+    def release(self) -> None:
+        for holder in self._holders:
             assert holder.stdin is not None
             holder.stdin.close()
+        for holder in self._holders:
             holder.wait(timeout=60)
+        self._holders = []
+
+
+def _has_gpus() -> bool:
+    import torch
+
+    return bool(torch.cuda.device_count())  # makes no context
 
 
 def _visible(index: int) -> str:
