@@ -335,3 +335,20 @@ def test_the_optimizers_kernel_is_compared_before_its_first_use(interpreted: Any
     assert check(optimizer_step_triton.step, rule, torch.device("cpu"), *kinds)
     with pytest.warns(UserWarning, match="the optimizer's step"):
         assert not check(lambda *_: None, rule, torch.device("cpu"), *kinds)
+
+
+def test_shapes_that_a_kernel_does_not_take_fall_back_and_the_cost_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where `use_triton` is true; the reference computes them."""
+    monkeypatch.setattr(causal_conv, "use_triton", lambda x: True)
+    monkeypatch.setattr(rms_norm, "use_triton", lambda x: True)
+    triton_use.falls_back.cache_clear()
+    x, weight, bias, _ = conv_case((1, 9, 3, 6), torch.float32, True)
+    with pytest.warns(UserWarning, match="convolution takes up to 4 taps, not 6: .* several times slower"):
+        close(causal_conv.causal_conv_silu(x, weight, bias), conv_truth(x, weight, bias), torch.float32)
+    x, weight, bias, _ = conv_case((65_536, 1, 1, 1), torch.float32, True)
+    with pytest.warns(UserWarning, match="takes up to 65535 samples: .* several times slower"):
+        close(causal_conv.causal_conv_silu(x, weight, bias), conv_truth(x, weight, bias), torch.float32)
+    wide = normal(1, 16_385)
+    with pytest.warns(UserWarning, match="takes rows up to 16384 wide, not 16385: .* several times slower"):
+        close(rms_norm.rms_norm(wide, torch.ones(16_385), 1e-6), F.rms_norm(wide, (16_385,)), torch.float32)
+    rms_norm.rms_norm(wide, torch.ones(16_385), 1e-6)  # said once
