@@ -2,6 +2,7 @@
 
     python benchmarks/mamba.py --gpus 4 --out mamba-4gpu.json --peer FOLDER
     python benchmarks/mamba.py --gpus 4 --cases 7b-zero2,peer-zero2 --out mamba.json --peer FOLDER
+    python benchmarks/mamba.py --gpus 4 --predict-only                         # what the planner says of each case
     python benchmarks/mamba.py --small --gpus 2 --out /tmp/mamba.json          # a dry run without GPUs
 
 Each case runs in processes of its own with a time limit, and the results are written after each; running out of memory
@@ -39,6 +40,7 @@ STEPS, WARM_UP = 10, 3
 ZERO2, ZERO3 = {"strategy": "zero2"}, {"strategy": "zero3"}
 LOW_BIT = {"optimizer": {"state": "8bit", "master": "bf16"}}
 BF16_STATES = {"optimizer": {"state": "bf16", "master": "bf16"}}
+CARD = {"card": True, "residual_in_fp32": False}
 
 CASES: dict[str, dict[str, Any]] = {
     # 7B, micro-batch 1, T = 4096; the peer in the same run.
@@ -56,13 +58,14 @@ CASES: dict[str, dict[str, Any]] = {
     "7b-fsdp2-full": {"strategy": "fsdp2", "recompute": "full"},
     "7b-zero3-selective": {**ZERO3, "recompute": "selective"},
     "7b-zero2-fp16": {**ZERO2, "recompute": "light", "precision": "fp16", "steps": 20},
-    # Cards of 24 GB.
-    "24gb-fsdp2-low-bit-selective": {"strategy": "fsdp2", "recompute": "selective", "card": True, **LOW_BIT},
-    "24gb-fsdp2-low-bit-full": {"strategy": "fsdp2", "recompute": "full", "card": True, **LOW_BIT},
-    "24gb-fsdp2-bf16-states-full": {"strategy": "fsdp2", "recompute": "full", "card": True, **BF16_STATES},
-    "24gb-zero3-low-bit-full": {**ZERO3, "recompute": "full", "card": True, "tight": True, **LOW_BIT},
-    "24gb-zero2-cpu": {**ZERO2, "recompute": "full", "card": True, "offload": "cpu", "tight": True, "steps": 4},
-    "24gb-zero3-cpu": {**ZERO3, "recompute": "selective", "card": True, "offload": "cpu", "tight": True, "steps": 4},
+    # Cards of 24 GB, the residual stream in bf16 as the preset mamba_7b has it.
+    "24gb-fsdp2-low-bit-light": {"strategy": "fsdp2", "recompute": "light", **CARD, **LOW_BIT},
+    "24gb-fsdp2-low-bit-selective": {"strategy": "fsdp2", "recompute": "selective", **CARD, **LOW_BIT},
+    "24gb-fsdp2-low-bit-full": {"strategy": "fsdp2", "recompute": "full", **CARD, **LOW_BIT},
+    "24gb-fsdp2-bf16-states-full": {"strategy": "fsdp2", "recompute": "full", **CARD, **BF16_STATES},
+    "24gb-zero3-low-bit-full": {**ZERO3, "recompute": "full", "tight": True, **CARD, **LOW_BIT},
+    "24gb-zero2-cpu": {**ZERO2, "recompute": "full", "offload": "cpu", "tight": True, "steps": 4, **CARD},
+    "24gb-zero3-cpu": {**ZERO3, "recompute": "selective", "offload": "cpu", "tight": True, "steps": 4, **CARD},
     # Scale at 1.4B, 4 samples of 2048 tokens a GPU.
     **{
         f"scale-{n}": {"size": "1_4b", "gpus": n, "strategy": "zero1" if n > 1 else "single", "micro_batch": 4,
