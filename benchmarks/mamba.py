@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -133,26 +134,32 @@ def tried(name: str, args: argparse.Namespace, weight: _Ballast) -> dict[str, An
 
     case = CASES[name]
     row: dict[str, Any] = {"case": case}
-    try:
-        row["predicted"] = {} if "peer" in case else predicted(case, args)
-    except Exception as error:  # a strategy or a setting that this version does not have
-        return row | {"status": "not in this version", "log": f"{type(error).__name__}: {error}"[:600]}
-    if args.predict_only:
-        return row
-    gpus = case.get("gpus", args.gpus)
-    arguments = ["--case", name, "--gpus", str(args.gpus), "--peer", args.peer]
-    arguments += ["--small"] if args.small else []
-    try:
-        weight.hold(gpus) if case.get("card") else weight.release()
-    except RuntimeError as error:
-        return row | {"status": "no ballast", "log": str(error)}
-    outcome = run_trial(Trial(Path(__file__), arguments, gpus, args.limit_seconds))
-    row |= {"status": outcome.status, "seconds": outcome.seconds, **(outcome.result or {})}
+    # The planner traces while the case runs: GPUs need not wait for it.
+    with ThreadPoolExecutor(1) as pool:
+        saying = pool.submit(predicted, case, args)
+        if args.predict_only:
+            return row | _answer(saying)
+        gpus = case.get("gpus", args.gpus)
+        arguments = ["--case", name, "--gpus", str(args.gpus), "--peer", args.peer]
+        arguments += ["--small"] if args.small else []
+        try:
+            weight.hold(gpus) if case.get("card") else weight.release()
+        except RuntimeError as error:
+            return row | {"status": "no ballast", "log": str(error)}
+        outcome = run_trial(Trial(Path(__file__), arguments, gpus, args.limit_seconds))
+        row |= _answer(saying) | {"status": outcome.status, "seconds": outcome.seconds, **(outcome.result or {})}
     if outcome.status != "ok":
         return row | {"log": outcome.log_tail[-3000:]}
     # A kernel that fell back to a slower way said so.
     said = [line for line in outcome.log_tail.splitlines() if "Warning" in line or line.startswith('{"peer"')]
     return row | ({"said": said} if said else {})
+
+
+def _answer(saying: Future[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return {"predicted": saying.result()}
+    except Exception as error:  # a strategy or a setting that this version does not have
+        return {"status": "not planned", "not_planned": f"{type(error).__name__}: {error}"[:600]}
 
 
 def _suits(case: dict[str, Any], args: argparse.Namespace) -> bool:
@@ -165,9 +172,9 @@ def _print_row(name: str, row: dict[str, Any]) -> None:
     said = row.get("predicted") or {}
     gib = [said.get(key, 0) / 2**30 for key in ("allocated_bytes", "reserved_bytes")]
     if row.get("status", "ok") != "ok" or "step_seconds" not in row:
-        words = row.get("status", "predicted")
+        words, log = row.get("status", "predicted"), row.get("log", row.get("not_planned", ""))
         print(
-            f"{name:30} {words:>19} {'':>7} {gib[0]:7.1f} {'':>8} {gib[1]:7.1f}  {row.get('log', '')[-200:]!r}",
+            f"{name:30} {words:>19} {'':>7} {gib[0]:7.1f} {'':>8} {gib[1]:7.1f}  {log[-200:]!r}",
             flush=True,
         )
         return
@@ -224,9 +231,11 @@ def plan_of(case: dict[str, Any], args: argparse.Namespace) -> Any:
 
 
 def predicted(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What the planner says of the case: bytes of one GPU, and a step's time where rates are known."""
+    """What the planner says of the case: bytes of one GPU. Nothing of the peer's."""
     from zerofit.planning.memory import H200, predict_memory
 
+    if "peer" in case:
+        return {}
     free = CARD_MIB * MIB if case.get("card") else None
     found = predict_memory(plan_of(case, args), H200, free_bytes=free)
     return {
