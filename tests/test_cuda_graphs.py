@@ -40,8 +40,8 @@ def test_auto_records_what_waits_for_the_host_and_nothing_else() -> None:
     assert _plan().cuda_graphs
     assert not _plan(cuda_graphs=False).cuda_graphs
     assert not _plan(gpus=2).cuda_graphs
-    large = {"n_layer": 24, "n_head": 16, "n_embd": 1024, "block_size": 1024, "vocab_size": 50257}
-    assert not _plan(model=large, global_batch=32, micro_batch=4).cuda_graphs
+    large = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024, "vocab_size": 50257}
+    assert not _plan(memory="141GiB", model=large, global_batch=32, micro_batch=8).cuda_graphs
     assert not _plan(memory="3GiB", micro_batch=64, activation_checkpointing="none").cuda_graphs
 
 
