@@ -11,8 +11,8 @@ from pictures import write_folder
 from zerofit.config.images import AugmentConfig, ImageDataConfig
 from zerofit.data.augment import Augment
 from zerofit.data.images.dataset import open_images
+from zerofit.data.images.gpu_files import GpuFilesReader, nvjpeg
 from zerofit.data.images.loader import ImageLoader, ReadPlan
-from zerofit.data.images.readers import GpuFilesReader, nvjpeg
 from zerofit.data.loader import Share
 from zerofit.data.prepare.images import prepare_images
 

@@ -16,8 +16,8 @@ from zerofit.data.images import loader as loader_module
 from zerofit.data.images import readers
 from zerofit.data.images.ahead import Ahead
 from zerofit.data.images.dataset import ImageDataset, open_images
+from zerofit.data.images.gpu_files import GpuFilesReader, nvjpeg
 from zerofit.data.images.loader import ImageEvaluation, ImageLoader, ReadPlan
-from zerofit.data.images.readers import GpuFilesReader, nvjpeg
 from zerofit.data.loader import IGNORE, Share
 from zerofit.data.prepare.images import prepare_images
 from zerofit.errors import DataError
@@ -133,7 +133,7 @@ def _with_pillow(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def test_a_gpu_s_decoder_gives_upright_pictures_in_full_size(prepared: Path) -> None:
     dataset = _dataset(prepared)
-    reader = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=2)
+    reader = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=0)
     ((canvas, sizes),) = reader.batches([dataset.numbers])
     reader.close()
     assert canvas.shape == (len(dataset.numbers), 30, 40, 3)  # 50 x 50 is above twice 24, and was shrunk
@@ -150,7 +150,7 @@ def test_a_gpu_s_decoder_gives_upright_pictures_in_full_size(prepared: Path) -> 
 def test_large_files_are_shrunk_and_bad_ones_go_to_pillow(prepared: Path) -> None:
     dataset = _dataset(prepared)
     dataset.store.meta["request"]["cache_size"] = 10
-    reader = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=2)
+    reader = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=1)
     ((_, sizes),) = reader.batches([dataset.numbers[dataset.labels < 2]])
     assert set(sizes[:, 0].tolist()) == {10}
     dataset.store.meta["request"]["cache_size"] = 24

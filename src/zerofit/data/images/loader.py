@@ -26,7 +26,8 @@ from ..loader import IGNORE, Share
 from ..order import Indices
 from .ahead import Ahead
 from .dataset import ImageDataset
-from .readers import CacheReader, FilesReader, GpuFilesReader, Reader, nvjpeg
+from .gpu_files import GpuFilesReader, nvjpeg
+from .readers import CacheReader, FilesReader, Reader
 from .shards import usable_cores
 
 #: Threads that copy out of the cache; more saturate nothing but the interpreter's lock.
@@ -75,7 +76,7 @@ class ReadPlan:
         if training and self.device is not None and self.device.type == "cuda":
             decoder = nvjpeg(self.device)
             if decoder is not None:
-                return GpuFilesReader(store, self.device, decoder, workers)
+                return GpuFilesReader(store, self.device, decoder, workers, self.prefetch_factor)
         return FilesReader(store, workers, prefetch_factor=self.prefetch_factor, pin=self.pin_memory)
 
 

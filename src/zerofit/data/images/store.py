@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,12 @@ class ImageStore:
     def paths(self) -> list[str]:
         """Every file, in the order of the index."""
         return [row["path"] for row in read_files(self.folder)]
+
+    @cached_property
+    def mean_file_bytes(self) -> int:
+        """Of the first files: what it roughly takes to hold one as it is."""
+        sizes: list[int] = [row["bytes"] for row in islice(read_files(self.folder), 1000)]
+        return sum(sizes) // len(sizes)
 
     @cached_property
     def _shards(self) -> list[Pixels]:
