@@ -22,7 +22,7 @@ from .store import ImageStore
 
 T = TypeVar("T")
 
-#: Pictures that a thread copies at a time, and that a process decodes.
+#: Pictures that a thread copies at least, and that a process decodes.
 COPIED_TOGETHER, DECODED_TOGETHER = 16, 32
 
 #: What the accepted files were checked with no longer matters when they are read again.
@@ -66,8 +66,8 @@ class CacheReader:
 
     def __init__(self, store: ImageStore, workers: int, *, pin: bool) -> None:
         store.open_pixels()
-        self.store, self.pin = store, pin
-        self._pool = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="zerofit-gather")
+        self.store, self.pin, self.workers = store, pin, max(workers, 1)
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="zerofit-gather")
 
     def batches(self, numbers: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in numbers:
@@ -77,9 +77,10 @@ class CacheReader:
         """(B, H, W, 3) uint8."""
         canvas = empty_canvas(len(numbers), *self.store.canvas, pin=self.pin)
         out = canvas.numpy()
+        together = max(-(-len(numbers) // self.workers), COPIED_TOGETHER)
         waiting: list[Future[None]] = [
-            self._pool.submit(self.store.gather, numbers[first : first + COPIED_TOGETHER], out[first:])
-            for first in range(0, len(numbers), COPIED_TOGETHER)
+            self._pool.submit(self.store.gather, numbers[first : first + together], out[first:])
+            for first in range(0, len(numbers), together)
         ]
         for future in waiting:
             future.result()

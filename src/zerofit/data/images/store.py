@@ -151,10 +151,16 @@ class ImageStore:
 
     def gather(self, numbers: NDArray[np.int64], out: Pixels) -> None:
         """Copy pictures into the upper left of the first canvases of `out` (.., H, W, 3); the rest is left as is."""
-        records = self.index[numbers]
+        records, shards = self.index[numbers], self._shards
         places = zip(*(records[name].tolist() for name in ("shard", "offset", "height", "width")), strict=True)
-        for canvas, (shard, offset, height, width) in zip(out, places, strict=False):
-            canvas[:height, :width] = self._slice(shard, offset, height, width)
+        rows, whole = out.reshape(*out.shape[:2], -1), out.reshape(len(out), -1)
+        for place, (shard, offset, height, width) in enumerate(places):
+            size = height * width * 3
+            pixels = shards[shard][offset : offset + size]
+            if width == out.shape[2]:  # one piece, and least of all to do under the interpreter's lock
+                whole[place, :size] = pixels
+            else:
+                rows[place, :height, : width * 3] = pixels.reshape(height, -1)
 
     def _slice(self, shard: int, offset: int, height: int, width: int) -> Pixels:
         size = height * width * 3
