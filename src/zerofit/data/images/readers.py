@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...errors import DataError, ZerofitError
 from ..order import Indices
-from .decode import RESIZERS, BadPicture, Limits, decode
+from .decode import BadPicture, Limits, decode, find_resize
 from .store import ImageStore
 
 T = TypeVar("T")
@@ -174,10 +174,11 @@ def decode_file(store: ImageStore, number: int, out: np.ndarray[Any, Any]) -> No
 
     Raises:
         DataError: the file has changed since it was prepared.
+        MissingDependency: what shrank the cache's pictures is not installed.
     """
     path, record = store.paths[number], store.index[number]
     try:
-        size, resize = store.meta["request"]["cache_size"], RESIZERS[store.meta["resize"]]
+        size, resize = store.meta["request"]["cache_size"], find_resize(store.meta["resize"])
         pixels = decode(Path(path).read_bytes(), size, ANYTHING, resize).pixels
     except (OSError, BadPicture) as error:
         raise DataError(
