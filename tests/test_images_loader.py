@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from zerofit.data.images.ahead import Ahead
 from zerofit.data.images.dataset import ImageDataset, open_images
 from zerofit.data.images.gpu_files import GpuFilesReader, nvjpeg
 from zerofit.data.images.loader import ImageEvaluation, ImageLoader, ReadPlan
+from zerofit.data.images.readers import CacheReader
 from zerofit.data.loader import IGNORE, Share
 from zerofit.data.prepare.images import prepare_images
 from zerofit.errors import DataError
@@ -205,6 +207,32 @@ def test_a_changed_file_stops_the_loader(tmp_path: Path, workers: int) -> None:
     with pytest.raises(DataError, match=r"^\S+jpg cannot be read any more \(empty file\)[^\n]*$"):
         loader.window(0)
     loader.close()
+
+
+def test_copying_threads_are_single_and_others_stay_as_they_are(prepared: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        reader = CacheReader(_dataset(prepared).store, 4, pin=False)
+        assert [reader._pool.submit(torch.get_num_threads).result() for _ in range(8)] == [1] * 8
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(torch.get_num_threads).result() == 3
+        reader.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pictures_narrower_than_the_canvas_and_many_threads(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "COPIED_TOGETHER", 1)
+    dataset = _dataset(prepared)
+    reader = CacheReader(dataset.store, 3, pin=False)
+    canvas = reader.read(dataset.numbers)
+    reader.close()
+    for number, pixels in zip(dataset.numbers.tolist(), canvas.numpy(), strict=True):
+        kept = dataset.store.pixels(number)
+        assert (pixels[: kept.shape[0], : kept.shape[1]] == kept).all()
+    assert len({dataset.store.pixels(number).shape for number in dataset.numbers.tolist()}) > 2
 
 
 def test_default_workers_are_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

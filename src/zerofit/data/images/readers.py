@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,7 +58,8 @@ def sizes_of(store: ImageStore, numbers: Indices) -> Tensor:
 
 
 class CacheReader:
-    """Copies pictures out of the memory map, in threads: numpy lets go of the interpreter while it copies.
+    """Copies pictures out of the memory map, in threads. A thread lets go of the interpreter's lock once for all of its
+    pictures, not once a picture: whoever trains would wait for the lock as often.
 
     Args:
         workers: threads.
@@ -67,7 +69,10 @@ class CacheReader:
     def __init__(self, store: ImageStore, workers: int, *, pin: bool) -> None:
         store.open_pixels()
         self.store, self.pin, self.workers = store, pin, max(workers, 1)
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="zerofit-gather")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of maps that must not be written to
+            self._shards = [torch.from_numpy(shard) for shard in store.shards]
+        self._pool = _single_threads(self.workers)
 
     def batches(self, numbers: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in numbers:
@@ -76,18 +81,50 @@ class CacheReader:
     def read(self, numbers: Indices) -> Tensor:
         """(B, H, W, 3) uint8."""
         canvas = empty_canvas(len(numbers), *self.store.canvas, pin=self.pin)
-        out = canvas.numpy()
         together = max(-(-len(numbers) // self.workers), COPIED_TOGETHER)
         waiting: list[Future[None]] = [
-            self._pool.submit(self.store.gather, numbers[first : first + together], out[first:])
+            self._pool.submit(self._copy, numbers[first : first + together], canvas[first : first + together])
             for first in range(0, len(numbers), together)
         ]
         for future in waiting:
             future.result()
         return canvas
 
+    def _copy(self, numbers: Indices, canvas: Tensor) -> None:
+        """Pictures into the upper left of their canvases; the rest is left as is."""
+        records = self.store.index[numbers]
+        places = zip(*(records[name].tolist() for name in ("shard", "offset", "height", "width")), strict=True)
+        rows, whole = canvas.flatten(2).unbind(), canvas.flatten(1).unbind()
+        sources, targets = [], []
+        for place, (shard, offset, height, width) in enumerate(places):
+            size = height * width * 3
+            pixels = self._shards[shard][offset : offset + size]
+            if width == canvas.shape[2]:  # one piece
+                sources.append(pixels)
+                targets.append(whole[place][:size])
+            else:
+                sources.append(pixels.view(height, -1))
+                targets.append(rows[place][:height, : width * 3])
+        torch._foreach_copy_(targets, sources)
+
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _single_threads(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch's operations start no further ones; elsewhere torch's setting stays as it is."""
+    before, ready = torch.get_num_threads(), threading.Barrier(count)
+
+    def alone() -> None:
+        torch.get_num_threads()  # a thread takes the common setting over at its first question, and must not later
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(count, thread_name_prefix="zerofit-gather")
+    for started in [pool.submit(alone) for _ in range(count)]:
+        started.result()
+    torch.set_num_threads(before)
+    return pool
 
 
 class FilesReader:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...config.images import ImageDataConfig
 from ...errors import DataError
@@ -118,7 +117,12 @@ class ImageStore:
         return sum(sizes) // len(sizes)
 
     @cached_property
-    def _shards(self) -> list[Pixels]:
+    def shards(self) -> list[Pixels]:
+        """The pixels as they lie, one (bytes,) uint8 map a shard; a picture's place is in the index.
+
+        Raises:
+            DataError: the cache is damaged.
+        """
         found = []
         for number, size in enumerate(self.meta["shards"]):
             path = self.folder / shard_name(number)
@@ -142,29 +146,16 @@ class ImageStore:
                 f"{self.folder} was prepared without a pixel cache, and data.read is cache. Prepare it again (--force "
                 f"without --no-cache), or set data.read files."
             )
-        _ = self._shards
+        _ = self.shards
 
     def pixels(self, number: int) -> Pixels:
         """(height, width, 3) uint8 of a picture, a view of the map."""
         record = self.index[number]
         return self._slice(int(record["shard"]), int(record["offset"]), int(record["height"]), int(record["width"]))
 
-    def gather(self, numbers: NDArray[np.int64], out: Pixels) -> None:
-        """Copy pictures into the upper left of the first canvases of `out` (.., H, W, 3); the rest is left as is."""
-        records, shards = self.index[numbers], self._shards
-        places = zip(*(records[name].tolist() for name in ("shard", "offset", "height", "width")), strict=True)
-        rows, whole = out.reshape(*out.shape[:2], -1), out.reshape(len(out), -1)
-        for place, (shard, offset, height, width) in enumerate(places):
-            size = height * width * 3
-            pixels = shards[shard][offset : offset + size]
-            if width == out.shape[2]:  # one piece, and least of all to do under the interpreter's lock
-                whole[place, :size] = pixels
-            else:
-                rows[place, :height, : width * 3] = pixels.reshape(height, -1)
-
     def _slice(self, shard: int, offset: int, height: int, width: int) -> Pixels:
         size = height * width * 3
-        return self._shards[shard][offset : offset + size].reshape(height, width, 3)
+        return self.shards[shard][offset : offset + size].reshape(height, width, 3)
 
 
 def read_files(folder: Path) -> Iterator[dict[str, Any]]:
