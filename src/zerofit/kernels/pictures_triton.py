@@ -112,7 +112,8 @@ def _resample(
     return red * inverse, green * inverse, blue * inverse
 
 
-@triton.jit
+# Strides change with the largest picture of a batch: they must not be compiled in.
+@triton.jit(do_not_specialize=["image_batch", "image_channel", "image_row", "image_column"])
 def _crop(
     images, sizes, boxes, flips, out, image_batch, image_channel, image_row, image_column, out_batch, out_channel,
     out_row, out_column, size, scale0, scale1, scale2, offset0, offset1, offset2, HAS_FLIPS: tl.constexpr,
@@ -144,7 +145,7 @@ def _crop(
     tl.store(to + 2 * out_channel, (blue * scale2 + offset2).to(kind), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["canvas_batch", "canvas_channel", "canvas_row"])
 def _lay_out(
     table, boxes, canvas, canvas_batch, canvas_channel, canvas_row, TABLE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
