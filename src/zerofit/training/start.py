@@ -129,6 +129,9 @@ def with_data(resolved: ResolvedConfig, console: Console) -> ResolvedConfig:
             "model.kind huggingface was asked for, and such models can be planned (`zerofit plan`), not trained yet. "
             "GPT-2's weights train as model.kind gpt2."
         )
+    from .preset_data import refuse_presets_data  # imports NumPy
+
+    refuse_presets_data(resolved)
     task = task_of(resolved.config.model)
     try:
         task.prepare(resolved.config, lambda text: _say(console, text))
