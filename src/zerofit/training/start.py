@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -32,7 +33,7 @@ from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
 from ..planning.translation import print_translation
 from ..tasks import task_of
-from .initial_model import NO_WEIGHTS, with_initial_model
+from .initial_model import NO_WEIGHTS, refuse_another_kind, with_initial_model
 from .lock import RunLock, acquire_run
 from .resume import check_resumable
 from .run_folder import choose_folder, write_run_folder
@@ -280,6 +281,7 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
         request = replace(request, resume="latest")
     _refuse_two_starts(request, resolved)
     folder = choose_folder(resolved, request.default_name, request.resume)
+    _refuse_another_kind(folder, request, resolved)
     resolved = with_initial_model(resolved, resumed=(folder, request.resume) if request.resume else None)
     resolved = with_data(without_overruled_duration(resolved), console)
     choice, hardware = make_plan(resolved.config, console)
@@ -320,6 +322,15 @@ def _refuse_two_starts(request: Request, resolved: ResolvedConfig) -> None:
             "--resume and --load-checkpoint were both given: the first goes on with a run in its own folder, the "
             "second starts a new run from a checkpoint. Use one of them."
         )
+
+
+def _refuse_another_kind(folder: Path, request: Request, resolved: ResolvedConfig) -> None:
+    if request.load_checkpoint is not None:
+        refuse_another_kind(resolved, f"--load-checkpoint {request.load_checkpoint}", request.load_checkpoint)
+    elif request.resume is not None and resolved.config.init_from in NO_WEIGHTS:
+        with suppress(CheckpointError):  # said when it is looked for in earnest
+            found = retention.locate(folder, request.resume)
+            refuse_another_kind(resolved, f"--resume {request.resume}: {found}", found)
 
 
 def _sweep(folder: Path, console: Console) -> None:
