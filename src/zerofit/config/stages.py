@@ -59,8 +59,15 @@ def span_at(config: Config, step: int) -> Span:
     return next((span for span in found if step < span.stop), found[-1])
 
 
-def stage_ending_at(config: Config, done: int) -> str | None:
-    """Name of the stage that ends after `done` steps; None when none does."""
+def stage_ending_at(config: Config, done: int, last_step: int | None = None) -> str | None:
+    """Name of the stage that ends after `done` steps; None when none does.
+
+    Args:
+        last_step: where the run ends, and with it the stage that is in force then: the clock and early stopping may end
+            it before ``max_steps``, in any stage.
+    """
+    if done and done == last_step:
+        return span_at(config, done - 1).name or None
     return next((span.name for span in spans(config) if span.name and span.stop == done), None)
 
 

@@ -71,7 +71,7 @@ class Checkpoints:
         names = ["latest"]
         names += ["best"] if best else []
         names += ["final"] if progress.step == self.last_step else []
-        stage = stage_ending_at(self.config, progress.step)
+        stage = stage_ending_at(self.config, progress.step, self.last_step)
         names += [stage] if stage else []
         if self._probed is None or self._probed[0] != progress.step:
             self.announce(progress.step)
