@@ -221,6 +221,33 @@ def test_stages_are_a_function_of_the_step(tmp_path: Path) -> None:
     assert "steps 11 to 20, base, peak learning rate 0.5" in lines[1]
 
 
+def test_the_end_of_a_timed_run_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in the plan, nor in its JSON, nor in a refusal."""
+    from zerofit.cli.plan import run_plan
+
+    _corpus(tmp_path / "a")
+    settings = {"max_steps": None, "schedule": {"kind": "constant"}, "device": "cpu", "strategy": "single"}
+    data, stages = {"path": str(tmp_path / "a")}, [{"until": 10}, {"name": "rest"}]
+    path = str(_yaml(tmp_path, data, stages=stages, **settings))
+    run_plan([path, "--duration", "10s"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Stage stage-1: steps 1 to 10, " in said
+    assert "Stage rest: step 11 on, to the end of the run, " in said
+    assert "for 10s" in said
+    assert "000,000" not in said
+    run_plan([path, "--duration", "10s", "--json"])
+    assert [stage["stop"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [10, None]
+    with pytest.raises(ConfigError, match="number 1 ends at step 10, and the duration 8 comes to 8 steps"):
+        run_plan([path, "--duration", "8"])
+    assert "Stage" not in capsys.readouterr().out
+    path = str(_yaml(tmp_path, data, stages=[{"until": 10}, {"until": 20}], duration="10s", **settings))
+    with pytest.raises(ConfigError, match=r"number 2 ends at step 20, and after the duration 10s nobody knows"):
+        run_plan([path])
+    path = str(_yaml(tmp_path, data, duration="10s", **{**settings, "max_steps": 7}))
+    with pytest.raises(ConfigError, match=r"duration 10s .* is a time, and max_steps says 7"):
+        _train(Path(path), "x")
+
+
 def test_the_ends_of_stages_count_in_the_disk_that_a_run_needs(tmp_path: Path) -> None:
     from zerofit.planning.candidates import checkpoint_bytes
 

@@ -15,7 +15,7 @@ from ..checkpoint import retention
 from ..checkpoint.initial import locate_initial
 from ..checkpoint.manifest import MANIFEST, check_same_model, read_manifest, step_name
 from ..config.arguments import Request
-from ..config.durations import parse_duration
+from ..config.durations import ENDLESS_STEPS, parse_duration
 from ..config.image_models import ImageModelShape
 from ..config.images import ImageDataConfig
 from ..config.load import COMMAND_LINE, DEFAULT, ResolvedConfig
@@ -201,10 +201,15 @@ def _without_preset_pictures(resolved: ResolvedConfig) -> ResolvedConfig:
 
 
 def make_plan(config: Config, console: Console) -> tuple[Choice, Hardware]:
-    """Choose for this machine, and print the choice with its warnings."""
+    """Choose for this machine, and print the choice with its warnings.
+
+    Raises:
+        DoesNotFit: nothing fits.
+        ConfigError: the duration ends before a stage does.
+    """
     hardware = probe(config.runs_dir, config.nvme_path)
     choice = choose(config, hardware)
-    print_choice(console, config.model_copy(update={"max_steps": steps_of(config, choice.plan)}), choice)
+    print_choice(console, with_length(config, max_steps=steps_of(config, choice.plan)), choice)
     return choice, hardware
 
 
@@ -232,11 +237,12 @@ def with_duration(resolved: ResolvedConfig, plan: Plan) -> ResolvedConfig:
         return resolved
     steps = steps_of(config, plan)
     if _level(origins["max_steps"]) == _level(origins["duration"]) and steps != config.max_steps:
+        length = f"comes to {steps:,} steps" if steps < ENDLESS_STEPS else "is a time"
         raise ConfigError(
-            f"duration {config.duration} ({origins['duration']}) comes to {steps:,} steps, and max_steps says "
+            f"duration {config.duration} ({origins['duration']}) {length}, and max_steps says "
             f"{config.max_steps:,} ({origins['max_steps']}). A run has one length: keep one of the two."
         )
-    config = _with_length(config, max_steps=steps)
+    config = with_length(config, max_steps=steps)
     return replace(resolved, config=config, origins={**origins, "max_steps": f"duration {config.duration}"})
 
 
@@ -247,12 +253,12 @@ def without_overruled_duration(resolved: ResolvedConfig) -> ResolvedConfig:
         return resolved
     return replace(
         resolved,
-        config=_with_length(config, duration=None),
+        config=with_length(config, duration=None),
         origins={**origins, "duration": f"overruled: {origins['max_steps']}"},
     )
 
 
-def _with_length(config: Config, **length: object) -> Config:
+def with_length(config: Config, **length: object) -> Config:
     """The configuration with another length, which its stages must fit."""
     config = config.model_copy(update=length)
     try:
