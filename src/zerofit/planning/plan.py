@@ -101,6 +101,8 @@ class Plan(Section):
     """``cpu``: inputs of recomputed blocks lie in host memory; with every block recomputed."""
     compile: bool = False
     compile_mode: str = "default"
+    cuda_graphs: bool = False
+    """Forward and backward pass are replayed from a recording; see `engines.cuda_graphs`."""
     deterministic: bool = False
     seed: int = 1337
     optimizer: OptimizerPlan = OptimizerPlan()

@@ -39,6 +39,8 @@ _MORE_SOURCES = {
         "../kernels/head_loss.py",
     )
 }
+#: Architectures whose loss waits for the backward pass in fp16 (`kernels.head_loss`).
+_FP16_DIFFERS = ("mamba",)
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,13 @@ class TraceKey:
 
     Attributes:
         model: the config, with no more blocks than are traced.
-        element_bytes: of the compute type; bf16 and fp16 allocate the same.
+        element_bytes: of the compute type; bf16 and fp16 allocate the same but in architectures of `_FP16_DIFFERS`.
         recompute: the kind of blocks: what is recomputed in the backward pass; None keeps all activations.
         compiled: with `ModelSpec.compiled_units` compiled.
         device: ``cuda`` or ``cpu``.
         offloaded: inputs of recomputed blocks lie in host memory.
         every: every n-th block is recomputed, where blocks differ and are all traced (`ModelShape.blocks_alike`).
+        fp16: with fp16's own order of events, see `_FP16_DIFFERS`.
     """
 
     model: Mapping[str, Any]
@@ -62,11 +65,14 @@ class TraceKey:
     device: str
     offloaded: bool = False
     every: int = 1
+    fp16: bool = False
 
     @property
     def text(self) -> str:
         """Hexadecimal; the same for the same model source."""
         data = {**asdict(self), "format": FORMAT, "source": _sources(self.model["kind"])}
+        if not self.fp16:
+            del data["fp16"]
         return _hash(json.dumps(data, sort_keys=True))
 
 
@@ -82,6 +88,7 @@ def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
         plan.device,
         offloaded=recompute and plan.activation_offload == "cpu" and plan.device == "cuda",
         every=plan.activation_checkpointing_every if recompute and not plan.model.blocks_alike else 1,
+        fp16=plan.precision == "fp16" and plan.model.kind in _FP16_DIFFERS,
     )
 
 
@@ -108,7 +115,7 @@ def trace_now(plan: Plan, key: TraceKey) -> Template:
     from ..models import model_spec
     from .trace import trace_template
 
-    precision: Precision = "bf16" if key.element_bytes == 2 else "fp32"
+    precision: Precision = "fp16" if key.fp16 else "bf16" if key.element_bytes == 2 else "fp32"
     return trace_template(
         model_spec(plan.model.kind),
         plan.model,
