@@ -115,9 +115,9 @@ class Trainer:
         improved = self._evaluation_is_due(done) and self._evaluate(done)
         self._count_time()
         if self._save_is_due(done) and done == self.last_step:
-            self.checkpoints.save_now(self.progress, improved, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
+            self.checkpoints.save_now(self.progress, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
         elif save or self._save_is_due(done) or (improved and self.config.save_on_improvement):
-            self.checkpoints.save(self.progress, improved)
+            self.checkpoints.save(self.progress)
         if self._sample_is_due(done):
             self._sample(done)
         self.mark = time.perf_counter()
@@ -285,7 +285,7 @@ class Trainer:
         return bool(self.stop.wishes & STOP)
 
     def _interrupt(self, done: int) -> None:
-        self.checkpoints.save_now(self.progress, False, 0, self._asked_to_stop)
+        self.checkpoints.save_now(self.progress, 0, self._asked_to_stop)
         self.events.write("interrupted", step=done)
         raise Interrupted(f"Stopped at step {done} on request and saved. Continue with --resume.")
 
