@@ -6,12 +6,12 @@
     python benchmarks/mamba.py --small --gpus 2 --out /tmp/mamba.json          # a dry run without GPUs
 
 Each case runs in processes of its own with a time limit, and the results are written after each; running out of memory
-is a result. Random tokens; the median of the steps after the warm-up; peaks of PyTorch's allocator on rank 0 (the start
-included, which is also told apart), and what the driver shows, beside what the planner says. Cases whose name starts
-with ``24gb`` run while another process holds all but 24,150 MiB of every GPU: that emulates the memory of such cards,
-not their speed. ``--peer`` names a folder from which ``mamba_ssm`` can be imported, or one with its scan's kernels as
-peer.so (see benchmarks/kernels.py); without it the peer's cases are left out. ``--small`` runs the same cases as tiny
-models, on CPUs the peer's too (with PyTorch's scan), and where there are GPUs under the same ballast.
+is a result. Random tokens; the median of the steps after the warm-up; peaks of PyTorch's allocator on the busiest rank
+(the start included, which is also told apart), and what the driver shows, beside what the planner says. Cases whose
+name starts with ``24gb`` run while another process holds all but 24,150 MiB of every GPU: that emulates the memory of
+such cards, not their speed. ``--peer`` names a folder from which ``mamba_ssm`` can be imported, or one with its scan's
+kernels as peer.so (see benchmarks/kernels.py); without it the peer's cases are left out. ``--small`` runs the same
+cases as tiny models, on CPUs the peer's too (with PyTorch's scan), and where there are GPUs under the same ballast.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ CASES: dict[str, dict[str, Any]] = {
     "7b-zero1-light": {"strategy": "zero1", "recompute": "light"},
     "peer-zero2-checkpointed": {"peer": True, "stage": 2, "checkpointed": True},
     "7b-fsdp2": {"strategy": "fsdp2"},
+    "7b-fsdp2-8-ctas": {"strategy": "fsdp2", "ctas": 8},
+    "7b-fsdp2-gathered-8-ctas": {"strategy": "fsdp2", "fsdp": {"reshard_after_forward": False}, "ctas": 8},
     "7b-fsdp2-light": {"strategy": "fsdp2", "recompute": "light"},
     "7b-fsdp2-selective": {"strategy": "fsdp2", "recompute": "selective"},
     "7b-fsdp2-full": {"strategy": "fsdp2", "recompute": "full"},
@@ -69,7 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
     "24gb-zero3-cpu": {**ZERO3, "recompute": "selective", "offload": "cpu", "tight": True, "steps": 4, **CARD},
     # Scale at 1.4B, 4 samples of 2048 tokens a GPU.
     **{
-        f"scale-{n}": {"size": "1_4b", "gpus": n, "strategy": "zero1" if n > 1 else "single", "micro_batch": 4,
+        f"scale-{n}": {"size": "1_4b", "gpus": n, "strategy": "ddp" if n > 1 else "single", "micro_batch": 4,
                        "length": 2048, "recompute": "light"}
         for n in (1, 2, 4)
     },
@@ -225,6 +227,7 @@ def plan_of(case: dict[str, Any], args: argparse.Namespace) -> Any:
             "activation_checkpointing_every": int(recompute != "none"),
             "recomputation": "full" if recompute == "none" else recompute,
             "optimizer": case.get("optimizer", {}),
+            "fsdp": case.get("fsdp", {}),
             "zero": {"pin_memory": cuda, **(TIGHT if case.get("tight") else {})},
         }
     )
@@ -269,6 +272,9 @@ def run_case(args: argparse.Namespace) -> None:
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[WARM_UP:])
     free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
+    allocated, reserved = busiest(
+        max(started_bytes, torch.cuda.max_memory_allocated()), torch.cuda.max_memory_reserved()
+    )
     write_result(
         {
             "step_seconds": seconds,
@@ -278,8 +284,8 @@ def run_case(args: argparse.Namespace) -> None:
             "parameters": parameters,
             "start_seconds": started_seconds,
             "start_allocated_bytes": started_bytes,
-            "allocated_bytes": max(started_bytes, torch.cuda.max_memory_allocated()) if cuda else 0,
-            "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
+            "allocated_bytes": allocated,
+            "reserved_bytes": reserved,
             # Of this process: what the ballast holds is not in it.
             "driver_bytes": (CARD_MIB * MIB if case.get("card") else total) - free,
             "losses": losses,
@@ -291,6 +297,18 @@ def run_case(args: argparse.Namespace) -> None:
     os._exit(0)  # what libraries leave behind need not be waited for
 
 
+def busiest(*figures: int) -> list[int]:
+    """The largest of the ranks' figures, each. Under ZeRO-2 the rank that owns the last layers holds most."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or not torch.cuda.is_available():
+        return list(figures)
+    largest = torch.tensor(figures, device="cuda")
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return [int(figure) for figure in largest]
+
+
 def run_ours(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[int], float], int, int]:
     """A step of zerofit's engine: step function, tokens of a step, parameters."""
     from zerofit.engines.build import build
@@ -298,6 +316,8 @@ def run_ours(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
     from zerofit.launch.memory_trial import random_window
     from zerofit.models import model_spec
 
+    if "ctas" in case:
+        os.environ["NCCL_MAX_CTAS"] = str(case["ctas"])  # multiprocessors that a collective may take
     plan = plan_of(case, args)
     opened = open_world(plan, launcher_store())
     world = opened.__enter__()
