@@ -201,6 +201,13 @@ def _shard(plan: Plan, spec: ModelSpec[Any], model: nn.Module, mesh: DeviceMesh)
     for block in spec.blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=plan.fsdp.reshard_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    # The next block's all-gather starts before this block computes: left to its own hook it starts when the launching
+    # thread gets there, which in a forward pass is hardly ahead of the GPU.
+    blocks = list(spec.blocks(model))
+    for group, following in zip([model, *blocks], blocks, strict=False):
+        assert isinstance(group, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        group.set_modules_to_forward_prefetch([following])
 
 
 class _Shards:
