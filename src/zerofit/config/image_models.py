@@ -29,6 +29,10 @@ class ImageModelShape(ModelShape):
     pretrained: bool = False
     """Start from published ImageNet weights, fetched by name (needs the network once); else as ``weights_from``."""
 
+    freeze_epochs: Annotated[int, Field(ge=0)] = 0
+    """Train the head alone for so many epochs, then the whole network; 0: the whole network from the start. Wants
+    weights to start from. The backbone runs as in evaluation meanwhile: its batch norms' statistics stay."""
+
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
         if self.pretrained and self.weights_from is not None:
@@ -136,6 +140,9 @@ class ResNetConfig(ImageModelShape):
     def with_depth(self, depth: int) -> Self:
         """Itself: the blocks differ, so that none stands for another."""
         return self
+
+    def head_parameters(self) -> frozenset[str]:
+        return frozenset({"fc.weight", "fc.bias"})
 
     @property
     def features(self) -> int:

@@ -23,11 +23,15 @@ from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars, 
 from . import common
 from .buffers import Buffers
 from .flat_optimizer import FlatOptimizer
+from .frozen import Frozen
 from .loss_scale import LossScaler
 
 
 class DDPEngine:
-    """See `engines.base.Engine`. With a world of one it is the strategy ``single``: no process group is used."""
+    """See `engines.base.Engine`. With a world of one it is the strategy ``single``: no process group is used.
+
+    A plan's frozen phase runs here under every strategy (`Plan.frozen_phase`).
+    """
 
     def __init__(self, plan: Plan, spec: ModelSpec[Any], world: World) -> None:
         self.plan, self.world = plan, world
@@ -50,7 +54,8 @@ class DDPEngine:
                 init_sync=False,
                 broadcast_buffers=False,  # see `buffers`
             )
-        self.buffers = Buffers(self.model, world)
+        self.frozen = Frozen(plan, self.model, world)
+        self.buffers = Buffers(self.model, world, plan.optimizer.ema_decay, self.frozen.tensors)
         self.scaler = LossScaler(plan.loss_scale, plan.precision == "fp16", world.device)
 
     def train_step(self, window: Sequence[Batch], lr: float, step: int, wishes: int = 0) -> PendingStep:
@@ -65,7 +70,7 @@ class DDPEngine:
                 (loss * (factor * self.scaler.scale).float()).backward()
             loss_sum += loss.detach()
         grad_norm, skipped, scale = self._apply(lr)
-        self.buffers.settle(skipped)
+        self.buffers.settle(skipped, self.optimizer.steps)
         return common.close_step(agreed, loss_sum, grad_norm, skipped, scale, self.world)
 
     def _communication(self, last: bool) -> Any:
@@ -116,7 +121,8 @@ class DDPEngine:
         return common.predict(self.model, batch, self.inputs)
 
     def fragments(self) -> Iterator[Fragment]:
-        return chain(self.buffers.fragments(), self.optimizer.fragments(self.world.rank, self.world.world_size))
+        own = self.optimizer.fragments(self.world.rank, self.world.world_size)
+        return chain(self.buffers.fragments(), self.frozen.fragments(), own)
 
     def hold_updates(self, wait: Callable[[], None]) -> None:
         self.held.hold(wait)
@@ -131,6 +137,7 @@ class DDPEngine:
             self.optimizer.load(read, scalars.get("optimizer_steps", 0.0))
         except KeyError as missing:
             raise TrainingFailed(f"parameter {missing} was asked for and its source does not hold it") from None
+        self.frozen.load(read)
         self.buffers.load(read)
         self.scaler.load(scalars)
 
@@ -140,6 +147,7 @@ class DDPEngine:
             "parameters": self.optimizer.parameter_bytes or copy,
             **self.optimizer.memory(),
             **self.buffers.memory(),
+            **self.frozen.memory(),
         }
         if self.fp32_gradients is not None:
             items["gradients"] = self.fp32_gradients.nbytes

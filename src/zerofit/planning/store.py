@@ -53,6 +53,7 @@ class TraceKey:
         device: ``cuda`` or ``cpu``.
         offloaded: inputs of recomputed blocks lie in host memory.
         every: every n-th block is recomputed, where blocks differ and are all traced (`ModelShape.blocks_alike`).
+        frozen: with the head alone trained.
     """
 
     model: Mapping[str, Any]
@@ -62,18 +63,21 @@ class TraceKey:
     device: str
     offloaded: bool = False
     every: int = 1
+    frozen: bool = False
 
     @property
     def text(self) -> str:
         """Hexadecimal; the same for the same model source."""
         data = {**asdict(self), "format": FORMAT, "source": _sources(self.model["kind"])}
+        if not self.frozen:
+            del data["frozen"]
         return _hash(json.dumps(data, sort_keys=True))
 
 
 def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
     """The trace that a plan needs for one kind of its blocks: those that are recomputed, or the others."""
     shallow = plan.model.with_depth(min(plan.model.depth, TRACED_DEPTH))
-    weights = {"weights_from", "pretrained"}  # where they come from changes no size
+    weights = {"weights_from", "pretrained", "freeze_epochs"}  # where they come from changes no size
     return TraceKey(
         shallow.model_dump(mode="json", exclude=weights),
         2 if plan.mixed else 4,
@@ -82,6 +86,7 @@ def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
         plan.device,
         offloaded=recompute and plan.activation_offload == "cpu" and plan.device == "cuda",
         every=plan.activation_checkpointing_every if recompute and not plan.model.blocks_alike else 1,
+        frozen=plan.frozen,
     )
 
 
@@ -118,6 +123,7 @@ def trace_now(plan: Plan, key: TraceKey) -> Template:
         device=key.device,
         offloaded=key.offloaded,
         every=key.every,
+        trained=plan.trained_shapes() if key.frozen else None,
     )
 
 
@@ -185,7 +191,12 @@ def _sources(kind: str) -> str:
     assert model is not None
     assert model.origin is not None
     home = Path(model.origin).parent
-    files = [Path(model.origin), home / "base.py", *(home / name for name in _MORE_SOURCES.get(kind, ()))]
+    files = [
+        Path(model.origin),
+        home / "base.py",
+        home / "freezing.py",
+        *(home / name for name in _MORE_SOURCES.get(kind, ())),
+    ]
     return _hash_code(*files, *(Path(__file__).with_name(name) for name in _TRACERS))
 
 

@@ -32,6 +32,7 @@ from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
 from ..planning.translation import print_translation
 from ..tasks import task_of
+from .freezing import freezing_words, refuse_nothing_to_keep
 from .initial_model import NO_WEIGHTS, with_initial_model
 from .lock import RunLock, acquire_run
 from .resume import check_resumable
@@ -287,6 +288,8 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
         if lock is not None:
             _sweep(folder, console)
         start = _checked_start(folder, request, resolved.config, choice.plan, console)
+        if words := freezing_words(resolved.config, choice.plan):
+            _say(console, words)
         _refuse_a_full_disk(folder, resolved.config, choice.plan)
         if lock is None:
             _say(console, f"Dry run: nothing was started. The run folder would be {folder}.")
@@ -372,6 +375,8 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
         lacking = model.parameter_shapes().keys() - (starting_weights(model) or {}).keys()
         afresh = f"; {', '.join(sorted(lacking))} start afresh" if lacking else ""
         _say(console, f"Weights from {model.weights_from or 'torchvision'}{afresh}.")
+    else:
+        refuse_nothing_to_keep(model)
     return start
 
 
