@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from zerofit.config.models import ResNetConfig
 from zerofit.engines.build import build
 from zerofit.models.freezing import freeze
 from zerofit.models.resnet import SPEC
+from zerofit.planning import candidates
 from zerofit.planning.choose import survey
 from zerofit.planning.described import Description, described_hardware
 from zerofit.planning.explain import describe_frozen
 from zerofit.planning.hardware import probe
-from zerofit.planning.memory import predict_memory, state_bytes
+from zerofit.planning.memory import MemoryPrediction, predict_memory, state_bytes
+from zerofit.planning.plan import Plan
 from zerofit.training.phases import STATE, PhasedEngine, load_source
 from zerofit.types import World
 
@@ -267,22 +269,20 @@ def test_the_plan_tells_what_the_frozen_phase_needs() -> None:
     assert "less than the whole network" in words
 
 
-def test_the_peak_is_that_of_the_larger_phase() -> None:
-    """With all parameters and states on the host the whole network may need less than a backbone that is replicated."""
-    typed = {"model.layers": "50", "model.base_width": "192", "model.num_classes": "2", "model.input_size": "32",
-             "model.freeze_epochs": "1", "data.image_size": "32", "data.eval_resize": "32", "strategy": "zero3",
-             "offload": "cpu", "offload_parameters": "cpu", "num_gpus": "2", "global_batch": "2", "duration": "null",
-             "zero.max_live_elements": "1", "zero.max_reuse_distance_elements": "0",
-             "zero.prefetch_bucket_elements": "0", "zero.reduce_bucket_elements": "1000000"}  # fmt: skip
-    config = load_config(None, "animals90", list(typed.items())).config
-    hardware = described_hardware(Description(gpu="rtx4090", gpus="2"), probe(Path(), None))
-    chosen = survey(config, hardware).chosen
-    assert chosen is not None
-    assert chosen.frozen is not None
-    whole = predict_memory(chosen.plan)
-    assert chosen.frozen.allocated_bytes > whole.allocated_bytes
-    assert chosen.memory is chosen.frozen
-    assert chosen.peak_bytes == chosen.frozen.driver_bytes
+def test_the_peak_is_that_of_the_larger_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO-3 with everything offloaded a replicated backbone may be the larger one."""
+
+    def predict(plan: Plan, *arguments: Any, **named: Any) -> MemoryPrediction:
+        found = predict_memory(plan, *arguments, **named)
+        return replace(found, driver_bytes=found.driver_bytes + 30 * 2**30) if plan.frozen else found
+
+    monkeypatch.setattr(candidates, "predict_memory", predict)
+    typed = [("model.freeze_epochs", "2"), ("model.input_size", "224"), ("max_steps", "9"), ("duration", "null")]
+    config = load_config(None, "animals90", typed).config
+    found = survey(config, described_hardware(Description(gpu="rtx4090"), probe(Path(), None)))
+    assert found.chosen is None
+    assert all(candidate.memory is candidate.frozen for candidate in found.candidates)
+    assert all(candidate.peak_bytes > 30 * 2**30 for candidate in found.candidates)
 
 
 # ----------------------------------------------------------------------------------------------------- from end to end
@@ -321,8 +321,9 @@ def test_a_run_thaws_where_its_epoch_ends_and_resumes_exactly(
         for number, last_step in enumerate(steps):
             arguments = [str(job / "job.json"), "--name", name, "--max-steps", last_step]
             arguments += ["--resume", "latest"] if number else []
-            subprocess.run([sys.executable, "-m", "zerofit.cli.main", "train", *arguments], check=True,
-                           capture_output=True)  # fmt: skip
+            subprocess.run(
+                [sys.executable, "-m", "zerofit.cli.main", "train", *arguments], check=True, capture_output=True
+            )
     capsys.readouterr()
     whole, pieces = job / "runs" / "job", job / "runs" / "pieces"
     assert [event["step"] for event in events_of(whole, "thawed")] == [4]  # the epoch of 27 pictures ends in step 4
