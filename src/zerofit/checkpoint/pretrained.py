@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.image_models import ImageModelShape
+from ..config.image_models import ImageModelShape, TimmConfig
 from ..errors import CheckpointError, ConfigError
 from ..models.base import ModelSpec
 from ..types import Reader
@@ -28,8 +28,6 @@ PUBLISHED = {
     34: "https://download.pytorch.org/models/resnet34-b627a593.pth",
     50: "https://download.pytorch.org/models/resnet50-0676ba61.pth",
 }
-#: The head's parameters, for which another shape is no error.
-HEADS = ("fc.weight", "fc.bias", "head.weight", "head.bias", "classifier.weight", "classifier.bias")
 #: Keys under which training scripts hold the state dict.
 NESTED = ("state_dict", "model", "model_state_dict", "module")
 
@@ -60,7 +58,16 @@ def starting_reader(spec: ModelSpec[Any], model: ImageModelShape, seed: int) -> 
     return read
 
 
+def published_by(model: ImageModelShape) -> str:
+    """Whose published weights ``pretrained`` means."""
+    return "timm" if isinstance(model, TimmConfig) else "torchvision"
+
+
 def _published(model: ImageModelShape) -> Mapping[str, Tensor]:
+    if isinstance(model, TimmConfig):
+        from ..models.timm_models import published_weights
+
+        return published_weights(model)
     layers = getattr(model, "layers", None)
     if layers not in PUBLISHED or getattr(model, "base_width", 64) != 64:
         raise ConfigError(
@@ -130,10 +137,10 @@ def _checked(found: Mapping[str, Tensor], model: ImageModelShape, where: str) ->
         there = tuple(found[name].shape) if name in found else None
         if there == shape:
             taken[name] = found[name]
-        elif name not in HEADS and not name.endswith("num_batches_tracked"):
+        elif name not in model.head_parameters() and not name.endswith("num_batches_tracked"):
             raise CheckpointError(
                 f"{where} is of another model: {name} has the shape {there or 'absent'} there and {shape} in this "
                 f"configuration; only a head may differ. Name the model that it was written from (model.kind, "
-                f"model.layers)."
+                f"model.layers, model.name)."
             )
     return taken

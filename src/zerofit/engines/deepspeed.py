@@ -73,7 +73,7 @@ class DeepSpeedEngine:
 
     def _build_model(self, spec: ModelSpec[Any], config: dict[str, Any]) -> nn.Module:
         """Under ZeRO-3 each module is partitioned as soon as it is made: no rank ever holds the whole model."""
-        if self.plan.strategy != "zero3":
+        if self.plan.strategy != "zero3" or getattr(spec, "partitioned_when_built", False):
             return common.build_model(self.plan, spec, self.world.device)
         with self.deepspeed.zero.Init(config_dict_or_path=config):
             return common.build_model(self.plan, spec, self.world.device)

@@ -37,7 +37,9 @@ _MORE_SOURCES = {
         "recompute.py",
         *(f"../kernels/{name}.py" for name in ("selective_scan", "selective_scan_torch", "causal_conv", "rms_norm")),
         "../kernels/head_loss.py",
-    )
+    ),
+    "resnet": ("batch_norm.py",),
+    "timm": ("batch_norm.py", "classification.py"),
 }
 
 

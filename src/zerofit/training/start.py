@@ -18,7 +18,7 @@ from ..config.durations import parse_duration
 from ..config.image_models import ImageModelShape
 from ..config.images import ImageDataConfig
 from ..config.load import COMMAND_LINE, DEFAULT, ResolvedConfig
-from ..config.models import HuggingFaceConfig
+from ..config.models import HuggingFaceConfig, TimmConfig
 from ..config.schema import Config
 from ..config.stages import check_last_stage
 from ..errors import CheckpointError, ConfigError, DataError
@@ -30,6 +30,7 @@ from ..planning.huggingface import completed
 from ..planning.optimizer_states import checkpoint_bytes_a_parameter
 from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
+from ..planning.timm_models import described
 from ..planning.translation import print_translation
 from ..tasks import task_of
 from .freezing import freezing_words, refuse_nothing_to_keep
@@ -157,10 +158,18 @@ def with_model_of_data(resolved: ResolvedConfig) -> ResolvedConfig:
     config = resolved.config
     decided = task_of(config.model).decided_by_data(config)
     if not decided:
-        return resolved
+        return _with_architecture(resolved)
     origins = {**resolved.origins, **{f"model.{name}": f"data {config.data.path}" for name in decided}}
     model = config.model.model_copy(update=decided)
-    return replace(resolved, config=config.model_copy(update={"model": model}), origins=origins)
+    return _with_architecture(replace(resolved, config=config.model_copy(update={"model": model}), origins=origins))
+
+
+def _with_architecture(resolved: ResolvedConfig) -> ResolvedConfig:
+    """With what timm builds, where the model is one of timm's."""
+    if not isinstance(resolved.config.model, TimmConfig):
+        return resolved
+    config = resolved.config.model_copy(update={"model": described(resolved.config.model)})
+    return replace(resolved, config=config)
 
 
 def _say_classes(console: Console, before: object, resolved: ResolvedConfig) -> None:
@@ -370,11 +379,11 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
         return Start(start.how, source.folder if (source.folder / MANIFEST).is_file() else start.checkpoint)
     model = plan.model
     if isinstance(model, ImageModelShape) and (model.pretrained or model.weights_from is not None):
-        from ..checkpoint.pretrained import starting_weights
+        from ..checkpoint.pretrained import published_by, starting_weights
 
         lacking = model.parameter_shapes().keys() - (starting_weights(model) or {}).keys()
         afresh = f"; {', '.join(sorted(lacking))} start afresh" if lacking else ""
-        _say(console, f"Weights from {model.weights_from or 'torchvision'}{afresh}.")
+        _say(console, f"Weights from {model.weights_from or published_by(model)}{afresh}.")
     else:
         refuse_nothing_to_keep(model)
     return start
