@@ -87,11 +87,10 @@ def cases_of(group: str, args: argparse.Namespace) -> Iterator[tuple[dict[str, A
     here = nullcontext()
     if group == "speed":
         variants = [{"kind": "plain", "precision": "fp32"}]
-        variants += [{"kind": "zerofit", "precision": "fp32"}]
-        for precision in ("fp16", "bf16"):
-            variants += [{"kind": "zerofit", "precision": precision}]
-            variants += [{"kind": "zerofit", "precision": precision, "compile": mode}
-                         for mode in ("default", "reduce-overhead")]  # fmt: skip
+        variants += [{"kind": "zerofit", "precision": "fp16", "graphs": graphs, "compile": compile}
+                     for graphs in (True, False) for compile in ("default", None)]  # fmt: skip
+        variants += [{"kind": "zerofit", "precision": "bf16", "graphs": True, "compile": "default"}]
+        variants += [{"kind": "zerofit", "precision": "fp32", "graphs": True}]
         for batch in (16, 64):
             yield from ((base | {"batch": batch} | variant, here) for variant in variants)
     elif group == "rows":
@@ -229,7 +228,7 @@ def zerofit_steps(case: dict[str, Any]) -> dict[str, Any]:
         "offload": case.get("offload", "none"), "device": case["device"], "world_size": case["ranks"],
         "micro_batch": case["batch"], "accumulation_steps": 1, "precision": case["precision"],
         "activation_checkpointing_every": case.get("checkpoint", 0), "compile": bool(case.get("compile")),
-        "compile_mode": case.get("compile") or "default",
+        "compile_mode": case.get("compile") or "default", "cuda_graphs": case.get("graphs", False),
         "zero": {"pin_memory": case["device"] == "cuda", "reduce_bucket_elements": case.get("bucket", 10_000_000)},
     })  # fmt: skip
     with open_world(plan, launcher_store()) as world:

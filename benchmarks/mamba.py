@@ -2,14 +2,16 @@
 
     python benchmarks/mamba.py --gpus 4 --out mamba-4gpu.json --peer FOLDER
     python benchmarks/mamba.py --gpus 4 --cases 7b-zero2,peer-zero2 --out mamba.json --peer FOLDER
+    python benchmarks/mamba.py --gpus 4 --predict-only                         # what the planner says of each case
     python benchmarks/mamba.py --small --gpus 2 --out /tmp/mamba.json          # a dry run without GPUs
 
 Each case runs in processes of its own with a time limit, and the results are written after each; running out of memory
-is a result. Random tokens; the median of the steps after the warm-up; peaks of PyTorch's allocator on rank 0, and what
-the driver shows, beside what the planner says. Cases whose name starts with ``24gb`` run while another process holds
-all but 24,150 MiB of every GPU: that emulates the memory of such cards, not their speed. ``--peer`` names a folder from
-which ``mamba_ssm`` can be imported, or one with its scan's kernels as peer.so (see
-benchmarks/kernels.py); without it the peer's cases are left out.
+is a result. Random tokens; the median of the steps after the warm-up; peaks of PyTorch's allocator on rank 0 (the start
+included, which is also told apart), and what the driver shows, beside what the planner says. Cases whose name starts
+with ``24gb`` run while another process holds all but 24,150 MiB of every GPU: that emulates the memory of such cards,
+not their speed. ``--peer`` names a folder from which ``mamba_ssm`` can be imported, or one with its scan's kernels as
+peer.so (see benchmarks/kernels.py); without it the peer's cases are left out. ``--small`` runs the same cases as tiny
+models, on CPUs the peer's too (with PyTorch's scan), and where there are GPUs under the same ballast.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ STEPS, WARM_UP = 10, 3
 ZERO2, ZERO3 = {"strategy": "zero2"}, {"strategy": "zero3"}
 LOW_BIT = {"optimizer": {"state": "8bit", "master": "bf16"}}
 BF16_STATES = {"optimizer": {"state": "bf16", "master": "bf16"}}
+CARD = {"card": True, "residual_in_fp32": False}
 
 CASES: dict[str, dict[str, Any]] = {
     # 7B, micro-batch 1, T = 4096; the peer in the same run.
@@ -56,13 +59,14 @@ CASES: dict[str, dict[str, Any]] = {
     "7b-fsdp2-full": {"strategy": "fsdp2", "recompute": "full"},
     "7b-zero3-selective": {**ZERO3, "recompute": "selective"},
     "7b-zero2-fp16": {**ZERO2, "recompute": "light", "precision": "fp16", "steps": 20},
-    # Cards of 24 GB.
-    "24gb-fsdp2-low-bit-selective": {"strategy": "fsdp2", "recompute": "selective", "card": True, **LOW_BIT},
-    "24gb-fsdp2-low-bit-full": {"strategy": "fsdp2", "recompute": "full", "card": True, **LOW_BIT},
-    "24gb-fsdp2-bf16-states-full": {"strategy": "fsdp2", "recompute": "full", "card": True, **BF16_STATES},
-    "24gb-zero3-low-bit-full": {**ZERO3, "recompute": "full", "card": True, "tight": True, **LOW_BIT},
-    "24gb-zero2-cpu": {**ZERO2, "recompute": "full", "card": True, "offload": "cpu", "tight": True, "steps": 4},
-    "24gb-zero3-cpu": {**ZERO3, "recompute": "selective", "card": True, "offload": "cpu", "tight": True, "steps": 4},
+    # Cards of 24 GB, the residual stream in bf16 as the preset mamba_7b has it.
+    "24gb-fsdp2-low-bit-light": {"strategy": "fsdp2", "recompute": "light", **CARD, **LOW_BIT},
+    "24gb-fsdp2-low-bit-selective": {"strategy": "fsdp2", "recompute": "selective", **CARD, **LOW_BIT},
+    "24gb-fsdp2-low-bit-full": {"strategy": "fsdp2", "recompute": "full", **CARD, **LOW_BIT},
+    "24gb-fsdp2-bf16-states-full": {"strategy": "fsdp2", "recompute": "full", **CARD, **BF16_STATES},
+    "24gb-zero3-low-bit-full": {**ZERO3, "recompute": "full", "tight": True, **CARD, **LOW_BIT},
+    "24gb-zero2-cpu": {**ZERO2, "recompute": "full", "offload": "cpu", "tight": True, "steps": 4, **CARD},
+    "24gb-zero3-cpu": {**ZERO3, "recompute": "selective", "offload": "cpu", "tight": True, "steps": 4, **CARD},
     # Scale at 1.4B, 4 samples of 2048 tokens a GPU.
     **{
         f"scale-{n}": {"size": "1_4b", "gpus": n, "strategy": "zero1" if n > 1 else "single", "micro_batch": 4,
@@ -105,38 +109,62 @@ def main() -> None:
 
 def run_all(args: argparse.Namespace) -> None:
     """Run the cases one after another, print a row as each ends, and write all figures as JSON."""
-    from zerofit.launch.trials import Trial, run_trial
-
     names = args.cases.split(",") if args.cases else [n for n, c in CASES.items() if _suits(c, args)]
+    if unknown := sorted(set(names) - set(CASES)):
+        sys.exit(f"no such cases: {', '.join(unknown)}; there are {', '.join(CASES)}")
     results: dict[str, Any] = {"date": date.today().isoformat(), "gpus": args.gpus, "small": args.small, "cases": {}}
     started = time.monotonic()
+    weight = _Ballast(stub=args.small and not _has_gpus())
     print(f"{'case':30} {'ms/step':>9} {'tokens/s':>9} {'alloc':>7} {'said':>7} {'reserved':>8} {'said':>7} GiB")
-    for name in names:
-        case = CASES[name]
-        if time.monotonic() - started > args.budget_seconds:
-            break
-        row: dict[str, Any] = {"case": case}
+    try:
+        for name in names:
+            if time.monotonic() - started > args.budget_seconds:
+                break
+            row = tried(name, args, weight)
+            results["cases"][name] = row
+            _print_row(name, row)
+            args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    finally:
+        weight.release()
+
+
+def tried(name: str, args: argparse.Namespace, weight: _Ballast) -> dict[str, Any]:
+    """One case: what the planner says, and what came of it in a process group of its own."""
+    from zerofit.launch.trials import Trial, run_trial
+
+    case = CASES[name]
+    row: dict[str, Any] = {"case": case}
+    # The planner traces while the case runs: GPUs need not wait for it.
+    with ThreadPoolExecutor(1) as pool:
+        saying = pool.submit(predicted, case, args)
+        if args.predict_only:
+            return row | _answer(saying)
+        gpus = case.get("gpus", args.gpus)
+        arguments = ["--case", name, "--gpus", str(args.gpus), "--peer", args.peer]
+        arguments += ["--small"] if args.small else []
         try:
-            row["predicted"] = {} if "peer" in case else predicted(case, args)
-        except Exception as error:  # a strategy or a setting that this version does not have
-            row |= {"status": "not in this version", "log": f"{type(error).__name__}: {error}"[:600]}
-        if "status" not in row and not args.predict_only:
-            gpus = case.get("gpus", args.gpus)
-            arguments = ["--case", name, "--gpus", str(args.gpus), "--peer", args.peer]
-            arguments += ["--small"] if args.small else []
-            with ballast(gpus) if case.get("card") and not args.small else nullcontext():
-                outcome = run_trial(Trial(Path(__file__), arguments, gpus, args.limit_seconds))
-            row |= {"status": outcome.status, "seconds": outcome.seconds, **(outcome.result or {})}
-            if outcome.status != "ok":
-                row["log"] = outcome.log_tail[-3000:]
-        results["cases"][name] = row
-        _print_row(name, row)
-        args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            weight.hold(gpus) if case.get("card") else weight.release()
+        except RuntimeError as error:
+            return row | {"status": "no ballast", "log": str(error)}
+        outcome = run_trial(Trial(Path(__file__), arguments, gpus, args.limit_seconds))
+        row |= _answer(saying) | {"status": outcome.status, "seconds": outcome.seconds, **(outcome.result or {})}
+    if outcome.status != "ok":
+        return row | {"log": outcome.log_tail[-3000:]}
+    # A kernel that fell back to a slower way said so.
+    said = [line for line in outcome.log_tail.splitlines() if "Warning" in line or line.startswith('{"peer"')]
+    return row | ({"said": said} if said else {})
+
+
+def _answer(saying: Future[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return {"predicted": saying.result()}
+    except Exception as error:  # a strategy or a setting that this version does not have
+        return {"status": "not planned", "not_planned": f"{type(error).__name__}: {error}"[:600]}
 
 
 def _suits(case: dict[str, Any], args: argparse.Namespace) -> bool:
-    if "peer" in case and (not args.peer or args.small):
-        return False
+    if "peer" in case and (_has_gpus() if args.small else not args.peer):
+        return False  # its kernel takes whole chunks of 2048 tokens
     return case.get("gpus", args.gpus) <= args.gpus and (args.gpus > 1 or "gpus" in case)
 
 
@@ -144,9 +172,9 @@ def _print_row(name: str, row: dict[str, Any]) -> None:
     said = row.get("predicted") or {}
     gib = [said.get(key, 0) / 2**30 for key in ("allocated_bytes", "reserved_bytes")]
     if row.get("status", "ok") != "ok" or "step_seconds" not in row:
-        words = row.get("status", "predicted")
+        words, log = row.get("status", "predicted"), row.get("log", row.get("not_planned", ""))
         print(
-            f"{name:30} {words:>19} {'':>7} {gib[0]:7.1f} {'':>8} {gib[1]:7.1f}  {row.get('log', '')[-200:]!r}",
+            f"{name:30} {words:>19} {'':>7} {gib[0]:7.1f} {'':>8} {gib[1]:7.1f}  {log[-200:]!r}",
             flush=True,
         )
         return
@@ -203,9 +231,11 @@ def plan_of(case: dict[str, Any], args: argparse.Namespace) -> Any:
 
 
 def predicted(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """What the planner says of the case: bytes of one GPU, and a step's time where rates are known."""
+    """What the planner says of the case: bytes of one GPU. Nothing of the peer's."""
     from zerofit.planning.memory import H200, predict_memory
 
+    if "peer" in case:
+        return {}
     free = CARD_MIB * MIB if case.get("card") else None
     found = predict_memory(plan_of(case, args), H200, free_bytes=free)
     return {
@@ -221,9 +251,15 @@ def run_case(args: argparse.Namespace) -> None:
     from zerofit.launch.trials import write_result
 
     case = CASES[args.case]
+    cuda, began = torch.cuda.is_available(), time.perf_counter()
+    if not cuda and not args.small:
+        sys.exit("no GPU here: --small tries the cases on a CPU")
     step, tokens, parameters = (run_peer if "peer" in case else run_ours)(case, args)
+    started_bytes = torch.cuda.max_memory_allocated() if cuda else 0
+    started_seconds = time.perf_counter() - began
     losses, times = [], []
-    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # what was reserved stays, and so counts
     synchronize: Callable[[], None] = torch.cuda.synchronize if cuda else (lambda: None)
     for index in range(WARM_UP + case.get("steps", STEPS)):
         synchronize()
@@ -240,9 +276,12 @@ def run_case(args: argparse.Namespace) -> None:
             "tokens_per_second": tokens / seconds,
             "mfu_6p": tokens / seconds * 6 * parameters / (989e12 * case.get("gpus", args.gpus)),
             "parameters": parameters,
-            "allocated_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+            "start_seconds": started_seconds,
+            "start_allocated_bytes": started_bytes,
+            "allocated_bytes": max(started_bytes, torch.cuda.max_memory_allocated()) if cuda else 0,
             "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
-            "driver_bytes": total - free,
+            # Of this process: what the ballast holds is not in it.
+            "driver_bytes": (CARD_MIB * MIB if case.get("card") else total) - free,
             "losses": losses,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "torch": torch.__version__,
@@ -288,7 +327,8 @@ def quick_reader(spec: Any, model: Any) -> Any:
         bound = 0.035 if name == "embedding.weight" else shapes[name][1] ** -0.5
         if name.endswith("out_proj.weight"):
             bound /= model.n_layers**0.5
-        return bound * piece[torch.arange(start, stop) % piece.numel()]
+        first = start % piece.numel()
+        return (bound * piece).repeat((first + stop - start) // piece.numel() + 1)[first : first + stop - start]
 
     return read
 
@@ -301,27 +341,47 @@ def run_peer(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
     return make_step(shape(case, args.small), Path(args.peer), case, args.gpus)
 
 
-@contextmanager
-def ballast(gpus: int) -> Iterator[None]:
-    """Inside, the driver shows `CARD_MIB` free on each of the first GPUs."""
-    holders = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--hold-mib", str(CARD_MIB)],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": _visible(index)},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )
-        for index in range(gpus)
-    ]  # fmt: skip
-    try:
-        for holder in holders:
+class _Ballast:
+    """Processes that hold all but `CARD_MIB` of each of the first GPUs; kept from one case to the next."""
+
+    def __init__(self, stub: bool) -> None:
+        self._stub = stub
+        self._holders: list[subprocess.Popen[str]] = []
+
+    def hold(self, gpus: int) -> None:
+        """Raises RuntimeError when a GPU's memory is not held."""
+        if self._stub or len(self._holders) == gpus:
+            return
+        self.release()
+        self._holders = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--hold-mib", str(CARD_MIB)],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": _visible(index)},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )
+            for index in range(gpus)
+        ]  # fmt: skip
+        for index, holder in enumerate(self._holders):
             assert holder.stdout is not None
-            print("  " + holder.stdout.readline().strip(), flush=True)
-        yield
-    finally:
-        for holder in holders:
+            said = holder.stdout.readline().strip()
+            print(f"  GPU {index}: {said}", flush=True)
+            if not said:
+                self.release()
+                raise RuntimeError(f"the process that should hold the memory of GPU {index} ended at once")
+
+    def release(self) -> None:
+        for holder in self._holders:
             assert holder.stdin is not None
             holder.stdin.close()
+        for holder in self._holders:
             holder.wait(timeout=60)
+        self._holders = []
+
+
+def _has_gpus() -> bool:
+    import torch
+
+    return bool(torch.cuda.device_count())  # makes no context
 
 
 def _visible(index: int) -> str:

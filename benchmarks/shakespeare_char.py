@@ -120,7 +120,7 @@ def evaluated(path: Path, args: argparse.Namespace) -> float:
     from zerofit.checkpoint.source import own_checkpoint
     from zerofit.data.loader import Share, evaluation_window
     from zerofit.data.tokens import open_split
-    from zerofit.engines.common import evaluate_window
+    from zerofit.engines.common import Inputs, evaluate_window
     from zerofit.types import World
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,7 +129,7 @@ def evaluated(path: Path, args: argparse.Namespace) -> float:
     model, config = load_model(source, device)
     dataset = open_split(args.peer / "data" / "plays", "val", config, seed=0)  # type: ignore[arg-type]
     window = evaluation_window(dataset, Share(64, 1, 0, 1), -(-dataset.blocks // 64))
-    return evaluate_window(model, window, World(0, 1, 0, device)).read()["loss"].mean
+    return evaluate_window(model, window, World(0, 1, 0, device), Inputs(device)).read()["loss"].mean
 
 
 if __name__ == "__main__":

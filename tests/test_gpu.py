@@ -38,6 +38,9 @@ def reference() -> list[tuple[float, float]]:
     [
         {"strategy": "single"},
         {"strategy": "single", "compile": True},
+        {"strategy": "single", "plan": {"cuda_graphs": True}},
+        {"strategy": "single", "plan": {"cuda_graphs": True}, "compile": True},
+        {"strategy": "single", "plan": {"cuda_graphs": True, "gradient_dtype": "fp32"}},
         {"strategy": "ddp"},
         {"strategy": "fsdp2"},
         {"strategy": "fsdp2", "compile": True},
@@ -78,7 +81,7 @@ def test_the_fused_optimizer_step_is_the_references(kind: Any, state: Any, maste
     gradients, initial = torch.randn(5, n) * torch.logspace(-5, 0, n), torch.randn(n)
     found = []
     for device in (torch.device("cpu"), torch.device("cuda")):
-        weights = initial.to(device, master)
+        weights = initial.to(device, master, copy=True)
         means = tuple(Moment(n, state, signed, device) for signed in rule.signed_moments)
         for t, gradient in enumerate(gradients):
             scalars = (torch.tensor(value, device=device) for value in (t + 1.0, 2.0, float(t == 2)))
@@ -89,3 +92,47 @@ def test_the_fused_optimizer_step_is_the_references(kind: Any, state: Any, maste
         far = (mine - theirs).abs() > 1e-5 * theirs.abs() + 1e-7
         assert far.float().mean().item() < 0.01
         torch.testing.assert_close(mine, theirs, rtol=0.3, atol=2e-2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "resnet"])
+def test_a_recorded_run_is_the_eager_run_bit_for_bit(kind: str, compiled: bool) -> None:
+    """Twelve steps with dropout, windows of one, two and three micro-batches, one of another shape among them."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    runs = [_losses(kind, compiled, recorded) for recorded in (False, True)]
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == len(runs[0])
+
+
+def _losses(kind: str, compiled: bool, recorded: bool) -> list[tuple[float, float]]:
+    from zerofit.checkpoint.model import initial_reader
+    from zerofit.config.image_models import ResNetConfig
+    from zerofit.config.models import GPT2Config
+    from zerofit.engines.ddp import DDPEngine
+    from zerofit.models import model_spec
+    from zerofit.planning.plan import Plan
+    from zerofit.tasks import task_of
+    from zerofit.types import World
+
+    model: Any = (
+        GPT2Config(n_layer=2, n_head=4, n_embd=128, vocab_size=512, block_size=64, dropout=0.2)
+        if kind == "gpt2"
+        else ResNetConfig(num_classes=10, input_size=64)
+    )
+    plan = Plan(
+        model=model, parameters=model.parameter_count(), strategy="single", device="cuda", world_size=1, micro_batch=4,
+        accumulation_steps=2, precision="bf16", compile=compiled, cuda_graphs=recorded, deterministic=True,
+    )  # fmt: skip
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    engine = DDPEngine(plan, model_spec(model.kind), World(0, 1, 0, torch.device("cuda")))
+    engine.load(initial_reader(model_spec(model.kind), model, plan.seed))
+    generator, found = torch.Generator().manual_seed(5), []
+    for step in range(12):
+        sizes = [4] * (1 + step % 3) if step != 9 else [4, 2]
+        window = [task_of(model).random_batch(model, size, generator) for size in sizes]
+        result = engine.train_step(window, 1e-3, step).read()
+        found.append((result.loss, result.grad_norm))
+    assert recorded == bool(engine.recorded is not None and engine.recorded.gradient_bytes())
+    engine.close()
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,6 +202,35 @@ def test_a_kernel_that_is_refused_falls_back_and_says_so_once(monkeypatch: pytes
         check(make(1, 70, 4, 16), ROUNDING[torch.float32])
     monkeypatch.setattr(selective_scan_cuda, "forward", refused)
     check(make(1, 70, 4, 16), ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"states": 72}, "d_state up to 64, not 72"),
+        ({"shape": (65_536, 8, 4)}, "a batch up to 65535, not 65536"),
+        ({"shape": (1, 2**30 + 1, 4)}, "up to 1073741824 steps, not 1073741825"),
+        ({"dtype": torch.int8}, "takes fp32, bf16 and fp16, not torch.int8"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_shapes_that_the_kernel_does_not_take_are_said_with_their_cost(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str | None
+) -> None:
+    monkeypatch.setattr(selective_scan_cuda, "_machine", lambda device: None)
+    selective_scan_cuda._warn.cache_clear()
+    shape = changes.get("shape", (2, 8, 4))
+    u: Any = SimpleNamespace(
+        is_cuda=True, shape=shape, numel=lambda: 64, device=torch.device("cuda", 0),
+        dtype=changes.get("dtype", torch.bfloat16),
+    )  # fmt: skip
+    states = torch.empty(shape[2], changes.get("states", 16))
+    if words is None:
+        assert selective_scan_cuda.takes(u, states)
+        return
+    with pytest.warns(UserWarning, match=f"{words}.*10 to 50 times as long"):
+        assert not selective_scan_cuda.takes(u, states)
 
 
 def test_operators_are_registered_whole() -> None:

@@ -222,8 +222,48 @@ def test_loss_in_triton(interpreted: Any, dtype: torch.dtype, columns: int, voca
     close(interpreted.softmax_loss_(logits, targets, vocab, True), true.detach(), torch.float32)
     close(logits[:, :vocab], wide.grad, dtype)
     assert float(logits[:, vocab:].abs().sum()) == 0
+    logits = normal(7, columns, dtype=dtype)
+    interpreted.softmax_loss_(logits, targets, vocab, True, torch.tensor(3.5))
+    close(logits[:, :vocab], 3.5 * wide.grad, dtype)
     wrong = interpreted.softmax_loss_(normal(1, columns, dtype=dtype), torch.tensor([vocab]), vocab, True)
     assert bool(wrong.isnan())
+
+
+def test_fp16_gradients_neither_overflow_nor_vanish_before_they_are_scaled() -> None:
+    """What a mean over many equal targets, and a loss scale, mean for sums that are rounded to fp16."""
+    x = torch.full((16_384, 4), 8.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(8, 4, dtype=torch.float16, requires_grad=True)
+    targets = torch.zeros(16_384, dtype=torch.int64)
+    at_once = torch.ops.zerofit.linear_cross_entropy(x, weight, targets, 8, 2048, True)
+    assert bool(at_once[2].isinf().any())  # as bf16 does it: 16,384 x 8 x 7/8
+    loss = head_loss.linear_cross_entropy(x, weight, targets, vocab_size=8)
+    (loss / 16_384).backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad[0], torch.full((4,), -7.0, dtype=torch.float16))
+    torch.testing.assert_close(weight.grad[1:], torch.full((7, 4), 1.0, dtype=torch.float16))
+    # A word of probability 1e-9 under a loss scale of 2^16.
+    x = torch.ones(3, 1, dtype=torch.float16, requires_grad=True)
+    weight = torch.tensor([[20.7], [0.0]], dtype=torch.float16, requires_grad=True)
+    loss = head_loss.linear_cross_entropy(x, weight, torch.zeros(3, dtype=torch.int64), vocab_size=2)
+    (2.0**16 * loss).backward()
+    true = 3 * 2.0**16 / (1 + float(weight[0].detach().double().exp()))
+    assert weight.grad is not None
+    assert float(weight.grad[1]) == pytest.approx(true, rel=1e-2)
+    assert float(torch.ops.zerofit.linear_cross_entropy(x, weight, targets[:3], 2, 8, True)[2][1]) == 0
+
+
+def test_fp16_loss_operators_and_memory() -> None:
+    x, weight, targets = loss_case(6, 4, 8, 8, torch.float16)
+    args = (x.requires_grad_(), weight.requires_grad_(), targets, 8, 4)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.zerofit.linear_cross_entropy_late.default, args, test_utils=tests)
+    gradients = (x.detach(), weight.detach(), targets, 8, 4, torch.tensor(2.0))
+    torch.library.opcheck(torch.ops.zerofit.linear_cross_entropy_gradients.default, gradients)
+    frozen = head_loss.linear_cross_entropy(x, weight.detach(), targets, vocab_size=8)
+    frozen.backward(retain_graph=True)
+    frozen.backward()
+    assert x.grad is not None
+    assert weight.grad is None
 
 
 def test_loss_extremes_bad_targets_and_second_backward() -> None:
@@ -295,3 +335,20 @@ def test_the_optimizers_kernel_is_compared_before_its_first_use(interpreted: Any
     assert check(optimizer_step_triton.step, rule, torch.device("cpu"), *kinds)
     with pytest.warns(UserWarning, match="the optimizer's step"):
         assert not check(lambda *_: None, rule, torch.device("cpu"), *kinds)
+
+
+def test_shapes_that_a_kernel_does_not_take_fall_back_and_the_cost_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where `use_triton` is true; the reference computes them."""
+    monkeypatch.setattr(causal_conv, "use_triton", lambda x: True)
+    monkeypatch.setattr(rms_norm, "use_triton", lambda x: True)
+    triton_use.falls_back.cache_clear()
+    x, weight, bias, _ = conv_case((1, 9, 3, 6), torch.float32, True)
+    with pytest.warns(UserWarning, match="convolution takes up to 4 taps, not 6: .* several times slower"):
+        close(causal_conv.causal_conv_silu(x, weight, bias), conv_truth(x, weight, bias), torch.float32)
+    x, weight, bias, _ = conv_case((65_536, 1, 1, 1), torch.float32, True)
+    with pytest.warns(UserWarning, match="takes up to 65535 samples: .* several times slower"):
+        close(causal_conv.causal_conv_silu(x, weight, bias), conv_truth(x, weight, bias), torch.float32)
+    wide = normal(1, 16_385)
+    with pytest.warns(UserWarning, match="takes rows up to 16384 wide, not 16385: .* several times slower"):
+        close(rms_norm.rms_norm(wide, torch.ones(16_385), 1e-6), F.rms_norm(wide, (16_385,)), torch.float32)
+    rms_norm.rms_norm(wide, torch.ones(16_385), 1e-6)  # said once

@@ -71,6 +71,13 @@ def test_the_7b_is_as_asked() -> None:
     )
 
 
+def test_a_sample_longer_than_the_scan_counts_is_refused() -> None:
+    longest = load_config(None, "mamba_130m", [("max_seq_length", str(2**30))]).config
+    assert longest.model.sequence_length == 2**30
+    with pytest.raises(ConfigError, match="max_seq_length: a sample of 1,073,741,825 tokens is longer than the scan's"):
+        load_config(None, "mamba_130m", [("max_seq_length", str(2**30 + 1))])
+
+
 def test_partial_recomputation_is_refused_where_it_is_not() -> None:
     with pytest.raises(ConfigError, match="activation_checkpointing selective with model kind gpt2"):
         load_config(None, "gpt2", [("activation_checkpointing", "selective")])

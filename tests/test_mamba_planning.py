@@ -9,6 +9,8 @@ import pytest
 from test_trace import peaks
 from zerofit.config.models import MambaConfig, Recomputation
 from zerofit.models.mamba import SPEC
+from zerofit.planning.plan import Plan
+from zerofit.planning.store import trace_key
 from zerofit.planning.template import compose
 from zerofit.planning.trace import direct_events, trace_template
 
@@ -22,6 +24,8 @@ CONFIG = MambaConfig(n_layers=DEPTH, d_model=64, d_state=8, vocab_size=97, max_s
         {},
         {"device": "cpu"},
         {"precision": "fp32", "recomputation": "light"},
+        {"precision": "fp16", "recomputation": "light"},
+        {"precision": "fp16", "compiled": True},
         {"recomputation": "light"},
         {"recomputation": "selective"},
         {"compiled": True},
@@ -38,6 +42,34 @@ def test_composing_equals_tracing_the_whole_model(settings: dict[str, Any]) -> N
         for samples in (1, 3):
             whole = direct_events(SPEC, CONFIG, every=every, samples=samples, recomputation=way, **chosen)
             assert peaks(compose(plain, recomputed, DEPTH, every, samples)) == whole
+
+
+def test_the_loss_in_fp16_waits_for_the_backward_pass() -> None:
+    """By hand: the final norm's result stays, and its gradient and the table's come with the logits; in bf16 both
+    gradients are there after the forward pass."""
+    settings: dict[str, Any] = {"every": 0, "samples": 2, "compiled": False, "device": "cuda"}
+    (early, early_peak, _), (late, late_peak, backward) = (
+        direct_events(SPEC, CONFIG, precision=precision, **settings) for precision in ("bf16", "fp16")
+    )
+    rows, tokens = CONFIG.padded_vocab_size, 2 * CONFIG.max_seq_length
+    normed, table, logits = 2 * tokens * 64, 2 * rows * 64, 2 * CONFIG.max_seq_length * rows
+    assert early - late == table  # the gradient of x came in place of x
+    assert late_peak < early_peak
+    assert backward >= late + normed + table + logits
+
+
+def test_plans_for_fp16_have_traces_of_their_own() -> None:
+    keys = {
+        precision: trace_key(
+            Plan(
+                model=CONFIG, parameters=CONFIG.parameter_count(), strategy="single", device="cuda", world_size=1,
+                micro_batch=1, accumulation_steps=1, precision=precision,
+            ),
+            recompute=False,
+        )
+        for precision in ("bf16", "fp16")
+    }  # fmt: skip
+    assert keys["bf16"].text != keys["fp16"].text
 
 
 def saved_of_a_block(way: Recomputation | None, **changes: Any) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -21,19 +23,64 @@ from .source import Source
 def initial_reader(spec: ModelSpec[Any], config: Any, seed: int) -> Reader:
     """The reader of a fresh start: parameters and buffers computed from the seed, no moments.
 
-    The last tensor is kept, because engines read a tensor interval by interval.
+    A tensor's random numbers come one after another (2.5 ns each), and a rank that holds a piece of every tensor needs
+    all of them: so the tensors that follow are computed meanwhile, in as many threads as torch uses in this process.
     """
-    last: dict[str, Tensor] = {}
+    values = _InitialValues(spec, config, seed, torch.get_num_threads())
 
     def read(name: str, role: str, start: int, stop: int) -> Tensor | None:
-        if role not in ("parameter", "buffer"):
-            return None
-        if name not in last:
-            last.clear()
-            last[name] = spec.init(config, name, seed).reshape(-1)
-        return last[name][start:stop]
+        return values(name)[start:stop] if role in ("parameter", "buffer") else None
 
     return read
+
+
+class _InitialValues:
+    """Flat initial values by name. The last tensor is kept, because engines read a tensor interval by interval.
+
+    Computed ahead are large tensors, in the order in which the model names its parameters, as many as fit beside the
+    one that is read into twice the bytes of the largest: what the plan counts for loading.
+    """
+
+    #: Elements of a tensor that is worth a thread.
+    LARGE = 2**20
+    #: Threads that one process uses at most, this one included.
+    THREADS = 16
+
+    def __init__(self, spec: ModelSpec[Any], config: Any, seed: int, threads: int) -> None:
+        self._make: Callable[[str], Tensor] = lambda name: spec.init(config, name, seed).reshape(-1)
+        sizes = {name: math.prod(shape) for name, shape in config.parameter_shapes().items()}
+        self._room = max(sizes.values())
+        self._sizes = {name: size for name, size in sizes.items() if size >= self.LARGE}
+        self._places = {name: place for place, name in enumerate(self._sizes)}
+        self._threads = min(threads, self.THREADS)
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: dict[str, Future[Tensor]] = {}
+        self._last: tuple[str, Tensor] | None = None
+
+    def __call__(self, name: str) -> Tensor:
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            coming = self._ahead.pop(name, None)
+            if name in self._places and self._threads > 1:
+                self._look_ahead(name)
+            self._last = name, self._make(name) if coming is None else coming.result()
+        return self._last[1]
+
+    def _look_ahead(self, name: str) -> None:
+        """Start what follows, and forget what was passed over."""
+        here = self._places[name]
+        for passed in [other for other in self._ahead if self._places[other] < here]:
+            self._ahead.pop(passed).cancel()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="initial-values")
+        room = self._room - sum(self._sizes[other] for other in self._ahead)
+        for other in list(self._sizes)[here + 1 :]:
+            if other in self._ahead:
+                continue
+            room -= self._sizes[other]
+            if room < 0 or len(self._ahead) >= self._threads:
+                break
+            self._ahead[other] = self._pool.submit(self._make, other)
 
 
 def parameters_only(read: Reader) -> Reader:

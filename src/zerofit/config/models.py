@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from .image_models import ResNetConfig as ResNetConfig
 from .image_models import TimmConfig as TimmConfig
@@ -137,6 +137,10 @@ class GPT2Config(LanguageModelShape):
         return 6 * multiplying + 12 * self.n_layer * self.n_embd * self.block_size
 
 
+#: Tokens of a sample that Mamba's scan takes on a GPU: its kernel counts steps, and chunks of them, in 32 bits.
+SCAN_MAX_LENGTH = 2**30
+
+
 class MambaConfig(LanguageModelShape):
     """Mamba-1 (Gu & Dao 2023): pre-norm residual blocks with a selective state space, and a tied head."""
 
@@ -149,7 +153,7 @@ class MambaConfig(LanguageModelShape):
     d_model: Annotated[int, Field(ge=1)] = 768
     """Width of the residual stream."""
     d_state: Annotated[int, Field(ge=1)] = 16
-    """States of each channel; the GPU kernel takes 8 to 64."""
+    """States of each channel; the GPU kernel takes up to 64, and PyTorch 10 to 50 times as long beyond."""
     d_conv: Annotated[int, Field(ge=1)] = 4
     """Width of the causal convolution, in tokens."""
     expand: Annotated[int, Field(ge=1)] = 2
@@ -161,6 +165,16 @@ class MambaConfig(LanguageModelShape):
     residual_in_fp32: bool = True
     """The residual stream in fp32 under half precision, as published; false saves 2 bytes a token, channel and block,
     and the sum of many blocks loses low bits."""
+
+    @field_validator("max_seq_length")
+    @classmethod
+    def _check_length(cls, length: int) -> int:
+        if length > SCAN_MAX_LENGTH:
+            raise ValueError(
+                f"a sample of {length:,} tokens is longer than the scan's {SCAN_MAX_LENGTH:,}: its GPU kernel counts "
+                f"steps in 32 bits. Train on shorter samples; what is generated may be of any length"
+            )
+        return length
 
     @property
     def d_inner(self) -> int:

@@ -296,6 +296,10 @@ class Config(Section):
     """``torch.compile`` each block."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's mode."""
+    cuda_graphs: bool | Literal["auto"] = "auto"
+    """Record forward and backward pass as a CUDA graph and replay it: small models wait for the host otherwise. For one
+    GPU without sharding, offload and recomputation. ``auto``: where launching is predicted to hold the GPU up, and the
+    recording fits."""
     deterministic: bool = False
     """Deterministic GPU kernels, so that a repeated run is bit for bit the same; slower."""
 
@@ -367,9 +371,29 @@ class Config(Section):
             raise ValueError(
                 "compile_mode reduce-overhead: it records each compiled unit as a CUDA graph, and those of blocks that "
                 "are compiled one by one overwrite each other's outputs (torch 2.11 on an H200: docs/experiments.md); "
-                "use compile_mode default"
+                "use compile_mode default, and cuda_graphs true, which records the whole micro-step"
             )
+        if self.cuda_graphs is True:
+            _check_graphs(self)
         return self
+
+
+def _check_graphs(config: Config) -> None:
+    """What cannot be recorded."""
+    reasons = {
+        f"strategy {config.strategy}": config.strategy not in ("auto", "single"),
+        f"num_gpus {config.num_gpus}": (config.num_gpus or 1) > 1,
+        f"activation_checkpointing {config.activation_checkpointing}": config.activation_checkpointing
+        not in ("auto", "none"),
+        "device cpu": config.device == "cpu",
+    }
+    found = next((what for what, wrong in reasons.items() if wrong), None)
+    if found is not None:
+        raise ValueError(
+            f"cuda_graphs true with {found}: a CUDA graph records the forward and backward pass of one GPU without "
+            f"sharding, collectives and recomputation. Use strategy single with activation_checkpointing none, or "
+            f"cuda_graphs auto, which records only where that is possible and pays."
+        )
 
 
 def _check_data(config: Config) -> None:

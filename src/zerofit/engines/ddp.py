@@ -22,6 +22,7 @@ from ..planning.plan import Plan
 from ..types import Batch, Fragment, PendingStep, PendingSums, Reader, Scalars, World
 from . import common
 from .buffers import Buffers
+from .cuda_graphs import RecordedPasses
 from .flat_optimizer import FlatOptimizer
 from .frozen import Frozen
 from .loss_scale import LossScaler
@@ -56,6 +57,7 @@ class DDPEngine:
             )
         self.frozen = Frozen(plan, self.model, world)
         self.buffers = Buffers(self.model, world, plan.optimizer.ema_decay, self.frozen.tensors)
+        self.recorded = RecordedPasses(self._passes, self.parameters) if plan.cuda_graphs else None
         self.scaler = LossScaler(plan.loss_scale, plan.precision == "fp16", world.device)
 
     def train_step(self, window: Sequence[Batch], lr: float, step: int, wishes: int = 0) -> PendingStep:
@@ -66,12 +68,19 @@ class DDPEngine:
         loss_sum = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(window):
             with self._communication(last=index == len(window) - 1):
-                loss = self.replica(**self.inputs(batch, training=True))["loss"]
-                (loss * (factor * self.scaler.scale).float()).backward()
-            loss_sum += loss.detach()
+                inputs, scaled = self.inputs(batch, training=True), (factor * self.scaler.scale).float()
+                loss_sum += (
+                    self._passes(inputs, scaled) if self.recorded is None else self.recorded(inputs, scaled, index)
+                )
         grad_norm, skipped, scale = self._apply(lr)
         self.buffers.settle(skipped, self.optimizer.steps)
         return common.close_step(agreed, loss_sum, grad_norm, skipped, scale, self.world)
+
+    def _passes(self, inputs: dict[str, Tensor], factor: Tensor) -> Tensor:
+        """Forward and backward; the loss."""
+        loss: Tensor = self.replica(**inputs)["loss"]
+        (loss * factor).backward()
+        return loss.detach()
 
     def _communication(self, last: bool) -> Any:
         """Gradients are reduced in the last backward pass of a window only."""
@@ -151,12 +160,14 @@ class DDPEngine:
         }
         if self.fp32_gradients is not None:
             items["gradients"] = self.fp32_gradients.nbytes
+        elif self.recorded is not None:
+            items["gradients"] = self.recorded.gradient_bytes()
         elif isinstance(self.replica, DistributedDataParallel):
             items["gradients"] = _bucket_bytes(self.replica)
         return items
 
     def close(self) -> None:
-        self.replica = self.model
+        self.replica, self.recorded = self.model, None
 
 
 def _bucket_bytes(replica: DistributedDataParallel) -> int:

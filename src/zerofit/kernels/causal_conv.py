@@ -18,7 +18,11 @@ import functools
 import torch
 from torch import Tensor
 
-from .triton_use import agrees, use_triton
+from .triton_use import agrees, falls_back, use_triton
+
+#: What the Triton kernels take; the third dimension of a grid is the batch.
+MAX_TAPS, MAX_BATCH = 4, 65535
+_COST = "PyTorch's operations take its place, several times slower, in fp32 copies of their inputs"
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,8 +64,14 @@ def causal_conv_silu_step(window: Tensor, x: Tensor, weight: Tensor, bias: Tenso
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether the Triton kernels run this: up to four taps (Mamba's), and a batch that a grid takes."""
-    fits = weight.shape[1] <= 4 and x.numel() > 0 and x.shape[0] <= 65535 and use_triton(x)
-    return fits and _kernels_agree(x.device, x.dtype, weight.shape[1])
+    if x.numel() == 0 or not use_triton(x):
+        return False
+    taps, batch = weight.shape[1], x.shape[0]
+    if taps > MAX_TAPS or batch > MAX_BATCH:
+        reason = f"takes up to {MAX_TAPS} taps, not {taps}" if taps > MAX_TAPS else f"takes up to {MAX_BATCH} samples"
+        falls_back("the short convolution", reason, _COST)
+        return False
+    return _kernels_agree(x.device, x.dtype, taps)
 
 
 @functools.cache
@@ -79,7 +89,7 @@ def _kernels_agree(device: torch.device, dtype: torch.dtype, taps: int) -> bool:
         "the short convolution",
         lambda: [triton_kernels.conv_forward(x, weight, bias), *triton_kernels.conv_backward(grad, x, weight, bias)],
         lambda: [torch_forward(x, weight, bias), *torch_backward(grad, x, weight, bias)],
-        "PyTorch's operations take its place, several times slower",
+        _COST,
     )
 
 

@@ -6,6 +6,12 @@ For each chunk the logits (K, V) are computed, the loss is added up, and the log
 gradient (softmax minus one-hot), from which the gradients of x and of the table follow at once. The backward pass only
 scales them. Peak memory beside the inputs: K V logits, and the gradients of x and of the table, which are due anyway.
 The logits are computed and rounded in x's dtype, as ``F.linear`` does; softmax and loss are fp32.
+
+fp16 waits for the backward pass, where the loss's own gradient (divisor and loss scale) is known, and computes the
+logits again: the unscaled gradients leave the range of fp16 at both ends. Sixteen thousand tokens with one target add
+up to more than 65,504, and probabilities below 6e-8 vanish; no loss scale could mend what is already inf or 0. Scaled
+first, they are what autograd makes of the separate operations, and an overflow is the loss scale's business. It costs
+one more matrix product a chunk, and the memory is the same, in the backward pass instead of the forward.
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ def linear_cross_entropy(
 
     Returns: () fp32 (float64 when x is). A target outside 0..vocab_size-1 that is not -100 is an IndexError on the
     CPU and a loss of NaN on a GPU. Its backward pass can run once (a second one, with ``retain_graph``, is refused by
-    autograd), and it has no second derivative.
+    autograd; fp16 allows it), and it has no second derivative.
 
     Raises: ValueError when shapes or dtypes do not belong together.
     """
@@ -48,13 +54,18 @@ def linear_cross_entropy(
             f"{chunk_tokens} must be positive, and the dtypes of x ({x.dtype}) and weight ({weight.dtype}) equal"
         )
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if wanted and x.dtype == torch.float16:
+        late: Tensor = torch.ops.zerofit.linear_cross_entropy_late(x, weight, targets, vocab_size, chunk_tokens)
+        return late
     loss, _, _ = torch.ops.zerofit.linear_cross_entropy(x, weight, targets, vocab_size, chunk_tokens, wanted)
     result: Tensor = loss
     return result
 
 
-def torch_softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, wanted: bool) -> Tensor:
-    """The loss sum of one chunk; with ``wanted`` the logits (K, V) become their gradient in place."""
+def torch_softmax_loss_(
+    logits: Tensor, targets: Tensor, vocab_size: int, wanted: bool, scale: Tensor | None = None
+) -> Tensor:
+    """The loss sum of one chunk; with ``wanted`` the logits (K, V) become their gradient in place, times ``scale``."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     scores = logits[:, :vocab_size].to(wide)
     valid = targets != IGNORE
@@ -69,17 +80,20 @@ def torch_softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, wanted
     if wanted:
         p = log_p.exp_()
         p.scatter_add_(1, index.clamp(0, vocab_size - 1), torch.full_like(index, -1, dtype=wide))
-        logits[:, :vocab_size] = p.mul_(valid[:, None])
+        p.mul_(valid[:, None])
+        logits[:, :vocab_size] = p if scale is None else p.mul_(scale)
         logits[:, vocab_size:] = 0
     return loss
 
 
-def _softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, wanted: bool) -> Tensor:
+def _softmax_loss_(
+    logits: Tensor, targets: Tensor, vocab_size: int, wanted: bool, scale: Tensor | None = None
+) -> Tensor:
     if use_triton(logits):
         from . import triton_kernels
 
-        return triton_kernels.softmax_loss_(logits, targets, vocab_size, wanted)
-    return torch_softmax_loss_(logits, targets, vocab_size, wanted)
+        return triton_kernels.softmax_loss_(logits, targets, vocab_size, wanted, scale)
+    return torch_softmax_loss_(logits, targets, vocab_size, wanted, scale)
 
 
 @torch.library.custom_op("zerofit::linear_cross_entropy", mutates_args=())
@@ -127,3 +141,58 @@ def _differentiate(ctx, grad, _dx, _dweight):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
+
+
+@torch.library.custom_op("zerofit::linear_cross_entropy_late", mutates_args=())
+def _late_forward(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_tokens: int) -> Tensor:
+    """The loss sum alone; its gradients are computed in the backward pass."""
+    loss = torch.zeros((), dtype=torch.float32, device=x.device)
+    for start in range(0, x.shape[0], chunk_tokens):
+        tokens = slice(start, start + chunk_tokens)
+        loss += _softmax_loss_(F.linear(x[tokens], weight), targets[tokens], vocab_size, False)
+    return loss
+
+
+@_late_forward.register_fake
+def _late_forward_fake(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_tokens: int) -> Tensor:
+    logits = x.new_empty(min(chunk_tokens, x.shape[0]), weight.shape[0])
+    return logits.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("zerofit::linear_cross_entropy_gradients", mutates_args=())
+def _late_backward(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_tokens: int, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of weight, times grad: () fp32, a factor on the logits' gradient before it is rounded."""
+    dx, dweight = torch.empty_like(x), torch.zeros_like(weight)
+    for start in range(0, x.shape[0], chunk_tokens):
+        tokens = slice(start, start + chunk_tokens)
+        logits = F.linear(x[tokens], weight)
+        _softmax_loss_(logits, targets[tokens], vocab_size, True, grad)
+        torch.mm(logits, weight, out=dx[tokens])
+        dweight.addmm_(logits.t(), x[tokens])
+    return dx, dweight
+
+
+@_late_backward.register_fake
+def _late_backward_fake(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk_tokens: int, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    logits = x.new_empty(min(chunk_tokens, x.shape[0]), weight.shape[0])
+    return logits.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _keep_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, targets, ctx.vocab_size, ctx.chunk_tokens = inputs
+    ctx.save_for_backward(x, weight, targets)
+
+
+def _differentiate_late(ctx, grad):  # type: ignore[no-untyped-def]
+    dx, dweight = torch.ops.zerofit.linear_cross_entropy_gradients(
+        *ctx.saved_tensors, ctx.vocab_size, ctx.chunk_tokens, grad
+    )
+    wx, ww = ctx.needs_input_grad[:2]
+    return (dx if wx else None, dweight if ww else None, None, None, None)
+
+
+_late_forward.register_autograd(_differentiate_late, setup_context=_keep_inputs)

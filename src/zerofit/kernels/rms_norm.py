@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .triton_use import use_triton
+from .triton_use import falls_back, use_triton
 
 #: Widest row that one Triton program holds in registers; wider ones take the PyTorch path.
 MAX_TRITON_WIDTH = 16384
@@ -56,7 +56,13 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 
 def _fits(x: Tensor) -> bool:
-    return use_triton(x) and 0 < x.shape[-1] <= MAX_TRITON_WIDTH and x.numel() > 0
+    if x.numel() == 0 or not use_triton(x):
+        return False
+    if x.shape[-1] > MAX_TRITON_WIDTH:
+        reason = f"takes rows up to {MAX_TRITON_WIDTH} wide, not {x.shape[-1]}"
+        falls_back("RMSNorm", reason, "PyTorch's operations take its place, several times slower, in fp32 copies")
+        return False
+    return True
 
 
 def _wide(x: Tensor) -> torch.dtype:

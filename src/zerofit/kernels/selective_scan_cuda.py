@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config.models import SCAN_MAX_LENGTH
 from . import nvrtc
 from .selective_scan_torch import STATE_INTERVAL
 
@@ -156,7 +157,7 @@ def takes(u: Tensor, A: Tensor) -> bool:
     """Whether the kernels run this; where they could not on a GPU, one warning says why and what it costs."""
     if not u.is_cuda or u.numel() == 0 or u.dtype == torch.float64 or _refused:
         return False
-    reason = _machine(u.device.index or 0) or _shape(u.dtype, u.shape[0], A.shape[1])
+    reason = _machine(u.device.index or 0) or _shape(u.dtype, u.shape[0], u.shape[1], A.shape[1])
     if reason:
         _warn(reason)
     return reason is None
@@ -172,13 +173,15 @@ def refuse(error: nvrtc.Unavailable) -> None:
     _warn(str(error))
 
 
-def _shape(dtype: torch.dtype, batch: int, d_state: int) -> str | None:
+def _shape(dtype: torch.dtype, batch: int, length: int, d_state: int) -> str | None:
     if dtype not in _TYPES:
         return f"it takes fp32, bf16 and fp16, not {dtype}"
     if not 1 <= d_state <= MAX_STATES:
         return f"it takes d_state up to {MAX_STATES}, not {d_state}"
     if batch > MAX_BATCH:
         return f"it takes a batch up to {MAX_BATCH}, not {batch}"
+    if length > SCAN_MAX_LENGTH:
+        return f"it takes up to {SCAN_MAX_LENGTH} steps, not {length}"
     return None
 
 

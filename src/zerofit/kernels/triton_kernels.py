@@ -243,9 +243,11 @@ def norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, extra: Te
 
 @triton.jit
 def _softmax_loss(
-    logits, targets, losses, row_stride, columns, vocab, ignore, WANTED: tl.constexpr, BLOCK: tl.constexpr
+    logits, targets, losses, scale, row_stride, columns, vocab, ignore, WANTED: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: its loss, and with WANTED softmax minus one-hot in place (0 in padding columns and ignored rows)."""
+    """One row: its loss, and with WANTED softmax minus one-hot in place (0 in padding columns and ignored rows); with
+    SCALED times the number at scale."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
     target = tl.load(targets + row)
@@ -274,13 +276,18 @@ def _softmax_loss(
             live = (c < vocab) & valid
             v = tl.load(start + c, mask=live, other=0.0).to(tl.float32)
             p = tl.exp(tl.where(live, v - peak, 0.0)) / norm - tl.where(c == target, 1.0, 0.0)
+            if SCALED:
+                p = p * tl.load(scale).to(tl.float32)
             tl.store(start + c, tl.where(live, p, 0.0).to(logits.dtype.element_ty), mask=c < columns)
 
 
-def softmax_loss_(logits: Tensor, targets: Tensor, vocab_size: int, wanted: bool) -> Tensor:
+def softmax_loss_(
+    logits: Tensor, targets: Tensor, vocab_size: int, wanted: bool, scale: Tensor | None = None
+) -> Tensor:
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     _softmax_loss[(logits.shape[0],)](
-        logits, targets.contiguous(), losses, logits.stride(0), logits.shape[1], vocab_size, -100,
-        WANTED=wanted, BLOCK=min(4096, triton.next_power_of_2(logits.shape[1])), num_warps=8,
+        logits, targets.contiguous(), losses, losses if scale is None else scale,
+        logits.stride(0), logits.shape[1], vocab_size, -100, WANTED=wanted, SCALED=scale is not None,
+        BLOCK=min(4096, triton.next_power_of_2(logits.shape[1])), num_warps=8,
     )  # fmt: skip
     return losses.sum()

@@ -31,6 +31,12 @@ def use_triton(x: Tensor) -> bool:
     return x.is_cuda and _found()
 
 
+@functools.cache
+def falls_back(what: str, reason: str, consequence: str) -> None:
+    """Say once that a Triton kernel does not take a shape, and what that costs."""
+    warnings.warn(f"The Triton kernel for {what} {reason}: {consequence}.", stacklevel=3)
+
+
 def agrees(
     what: str,
     kernel: Callable[[], Sequence[Tensor]],

@@ -34,7 +34,8 @@ class ModelSpec(Protocol[Config_contra]):
         """
 
     def init(self, config: Config_contra, name: str, seed: int) -> Tensor:
-        """The fp32 CPU tensor that parameter `name` starts from: a pure function of the seed and the name."""
+        """The fp32 CPU tensor that parameter `name` starts from: a pure function of the seed and the name. Several
+        threads may call it at once."""
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The repeated unit: of sharding, checkpointing, compilation, tracing and pipeline cuts."""

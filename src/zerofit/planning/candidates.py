@@ -22,6 +22,9 @@ SAFE_SHARE_TRACED, SAFE_SHARE_COARSE = 0.95, 0.90
 SAFE_SHARE_HOST, SAFE_SHARE_DISK = 0.90, 0.95
 #: Types of the optimizer's means and of the master, from what loses nothing to what is smallest.
 LOW_BIT = (("fp32", "fp32"), ("8bit", "fp32"), ("8bit", "bf16"))
+#: ``cuda_graphs: auto`` records models of these kinds, none of which waits for the device, where waiting for launches
+#: is this share of a step at least.
+RECORDED_KINDS, LAUNCH_SHARE = ("gpt2", "mamba", "resnet"), 0.05
 #: Buckets for tight memory: a fifth of the usual; ZeRO-3 keeps less gathered.
 TIGHT = {
     "reduce_bucket_elements": 10_000_000,
@@ -68,6 +71,11 @@ def checkpointings(config: Config) -> tuple[Checkpointing, ...]:
         return tuple(Checkpointing(1, way) for way in everywhere)
     partial = [way for way in everywhere if way != "full"]
     return (Checkpointing(), *(Checkpointing(1, way) for way in partial), *(Checkpointing(n) for n in (4, 2, 1)))
+
+
+def recordable(strategy: str, checkpointing: Checkpointing, device: str) -> bool:
+    """Whether a micro-step can be recorded as a CUDA graph: one GPU, no collectives, no random numbers set back."""
+    return strategy == "single" and checkpointing.every == 0 and device == "cuda"
 
 
 @dataclass(frozen=True)
@@ -236,10 +244,12 @@ class Builder:
                 "recomputation": checkpointing.recomputation,
                 "activation_offload": self.config.activation_offload,
                 "compile": self.config.compile and rung.strategy != "zero3",  # see Config: wrong gradients
+                "cuda_graphs": self.config.cuda_graphs is True
+                and recordable(rung.strategy, checkpointing, self.device),
                 "zero": zero,
             }
         )
-        key = (rung, split.world_size, split.accumulation_steps > 1, zero)
+        key = (rung, split.world_size, split.accumulation_steps > 1, zero, plan.cuda_graphs)
         if key not in self._states:
             self._states[key] = state_bytes(plan)
         return plan.model_copy(update={"state_bytes": self._states[key]})
@@ -296,6 +306,20 @@ class Builder:
             disk_bytes=disk,
             frozen=frozen,
         )
+
+    def recorded(self, candidate: Candidate) -> Candidate:
+        """The same with CUDA graphs where the configuration leaves that open, launching holds the GPU up, and there is
+        room; else as it is."""
+        plan, step = candidate.plan, candidate.step
+        way = Checkpointing(plan.activation_checkpointing_every, plan.recomputation)
+        if self.config.cuda_graphs != "auto" or plan.model.kind not in RECORDED_KINDS or step is None:
+            return candidate
+        if not recordable(plan.strategy, way, plan.device) or step.parts["launch"] < LAUNCH_SHARE * step.step_seconds:
+            return candidate
+        with_graphs = plan.model_copy(update={"cuda_graphs": True})
+        with_graphs = with_graphs.model_copy(update={"state_bytes": state_bytes(with_graphs)})
+        found = replace(self.candidate(with_graphs), asked=candidate.asked, variant=candidate.variant)
+        return found if found.fits else candidate
 
     def squeeze(self, missed: Candidate) -> Candidate:
         """The same, fitting after all where a full GPU makes PyTorch's allocator give back its reserve."""

@@ -124,8 +124,10 @@ def survey(config: Config, hardware: Hardware, *, everything: bool = False) -> C
         candidates += [_with_remedies(builder, replace(candidate, asked=wanted)) for candidate in ends]
     chosen = _best([c for c in candidates if c.asked and c.fits], config.goal)
     if chosen is not None:
-        explained = _explained(chosen, _reason(config, chosen, candidates))
-        candidates = [explained if candidate is chosen else candidate for candidate in candidates]
+        recorded = builder.recorded(chosen)
+        candidates = [recorded if candidate is chosen else candidate for candidate in candidates]
+        explained = _explained(recorded, _reason(config, recorded, candidates))
+        candidates = [explained if candidate is recorded else candidate for candidate in candidates]
         chosen = explained
         warnings += _warnings(config, hardware, chosen)
     notes = dimension_notes(config.model, precision, device)
@@ -393,6 +395,11 @@ def _warnings(config: Config, hardware: Hardware, chosen: Candidate) -> list[str
         found.append("activation_offload does nothing without a GPU: activations are in host memory anyway.")
     if config.compile and not chosen.plan.compile:
         found.append("compile is off: under ZeRO-3 it gives wrong gradients on GPUs (docs/experiments.md).")
+    if config.cuda_graphs is True and not chosen.plan.cuda_graphs:
+        found.append(
+            f"cuda_graphs is off: {describe(chosen.plan)} cannot be recorded; that takes one GPU without sharding and "
+            f"recomputation (strategy single, activation_checkpointing none)."
+        )
     free = hardware.disk_free_bytes
     if free is not None and not hardware.described and chosen.disk_bytes > SAFE_SHARE_DISK * free:
         found.append(

@@ -95,6 +95,8 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
     states = describe_states(plan.optimizer)
     if states:
         _say(console, f"Optimizer states: {states}.")
+    if plan.cuda_graphs:
+        _say(console, "Forward and backward pass are recorded as a CUDA graph after a few steps, and replayed.")
     run = f", about {format_seconds(config.max_steps * chosen.step.step_seconds)}" if chosen.step else ""
     items = f"{plan.global_batch * plan.model.items_per_sample:,} {plan.model.items} a step"
     length = f"{config.max_steps:,} steps{run}" if config.max_steps < ENDLESS_STEPS else f"for {config.duration}"

@@ -131,7 +131,7 @@ class ReplicatedModel:
 
 def replicated_state_bytes(plan: Plan) -> dict[str, int]:
     """single, DDP. Parameters hP; moments 8P (AdamW in fp32); half precision adds masters 4P, unless the compute copy
-    is the master; an average of the weights 4P; DDP's gradient buckets stay: hP."""
+    is the master; an average of the weights 4P; DDP's gradient buckets stay, and a CUDA graph's gradients: hP."""
     p, h, optimizer = plan.parameters, 2 if plan.mixed else 4, plan.optimizer
     groups = planned_groups(plan)
     flat = sum(flat_elements(optimizer, group) for group in groups)
@@ -144,6 +144,6 @@ def replicated_state_bytes(plan: Plan) -> dict[str, int]:
         items["ema"] = 4 * flat
     if plan.mixed and plan.gradient_dtype == "fp32":
         items["gradients"] = 4 * p
-    elif plan.world_size > 1:
+    elif plan.world_size > 1 or plan.cuda_graphs:
         items["gradients"] = h * p
     return items

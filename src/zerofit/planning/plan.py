@@ -102,6 +102,8 @@ class Plan(Section):
     """``cpu``: inputs of recomputed blocks lie in host memory; with every block recomputed."""
     compile: bool = False
     compile_mode: str = "default"
+    cuda_graphs: bool = False
+    """Forward and backward pass are replayed from a recording; see `engines.cuda_graphs`."""
     deterministic: bool = False
     seed: int = 1337
     optimizer: OptimizerPlan = OptimizerPlan()
@@ -144,7 +146,7 @@ class Plan(Section):
         frozen = self.model_copy(update={
             "frozen": True, "strategy": "single" if self.world_size == 1 else "ddp", "offload": "none",
             "offload_parameters": "none", "activation_checkpointing_every": 0, "recomputation": "full",
-            "activation_offload": "none", "state_bytes": {}, "prediction": None,
+            "activation_offload": "none", "cuda_graphs": False, "state_bytes": {}, "prediction": None,
         })  # fmt: skip
         count = sum(math.prod(shape) for shape in frozen.trained_shapes().values())
         return frozen.model_copy(update={"parameters": count})

@@ -40,6 +40,9 @@ CPU_ADAM_BYTES = 28
 #: and freeing under ZeRO-3, a step's loop and agreement. Fitted to ZeRO-2 at micro-batch 1 and ZeRO-3 at 8, eager.
 KERNEL_SECONDS, DDP_HOOK_SECONDS, ZERO_HOOK_SECONDS, ZERO3_MODULE_SECONDS = 7e-6, 2e-6, 95e-6, 530e-6
 STEP_SECONDS = 1.5e-3
+#: More of that for a compiled block, beside its kernels: its guards and its two calls through autograd. On a host with
+#: an H200 a step of 6 compiled blocks took 8.9 ms, of which the GPU worked 5.0 (2026-11-21, docs/experiments.md).
+COMPILED_BLOCK_SECONDS = 0.9e-3
 #: What several ranks lose by waiting for the slowest in each step. Fitted.
 STRAGGLER = 1.02
 #: Share of a collective's time that shows although it overlaps: it takes units and bandwidth from the backward pass.
@@ -67,7 +70,7 @@ FORMULAS = (
      "counted in zerofit's models; bandwidth x 0.875"),
     ("recomputation", "the forward pass of the checkpointed blocks once more; light: norm, convolution and step size; "
      "selective: the scan too", "Chen et al. 2016"),
-    ("launching", "7 us a kernel; hooks: 2 us a parameter under DDP, 95 us under ZeRO-1/2, 0.53 ms a module and pass "
+    ("launching", "7 us a kernel, 0.9 ms a compiled block; nothing with CUDA graphs; hooks: 2 us a parameter under DDP, 95 us under ZeRO-1/2, 0.53 ms a module and pass "
      "under ZeRO-3, 0.25 ms a group and pass under FSDP2; a micro-step takes the longer of this and the GPU's work",
      "fitted on H200; FSDP2's assumed"),
     ("communication", "all-reduce 2hP(N-1)/N once a step (DDP, ZeRO-1) or once a micro-step (ZeRO-2); ZeRO-1/2 "
@@ -192,9 +195,12 @@ def _checkpointed_share(plan: Plan, work: Work) -> float:
 
 
 def _launch_seconds(plan: Plan, work: Work) -> float:
-    """What the process that launches the kernels of one micro-step needs itself."""
-    kernels = work.blocks * work.kernels["compiled" if plan.compile else "eager"]
-    seconds = kernels * KERNEL_SECONDS * (1 + _checkpointed_share(plan, work) / 3)
+    """What the process that launches a micro-step's kernels needs itself; nothing where a CUDA graph is replayed."""
+    if plan.cuda_graphs:
+        return 0.0
+    block = work.kernels["compiled" if plan.compile else "eager"] * KERNEL_SECONDS
+    block += COMPILED_BLOCK_SECONDS if plan.compile else 0.0
+    seconds = work.blocks * block * (1 + _checkpointed_share(plan, work) / 3)
     return seconds + _hook_seconds(plan, work.tensors, work.modules, _checkpointed_share(plan, work))
 
 

@@ -42,7 +42,7 @@ def _block_seconds(plan: Plan, model: ResNetConfig, found: Rates, number: int) -
 
 def launch_seconds(plan: Plan, model: ResNetConfig) -> float:
     """What the process that launches a micro-step's kernels needs; nothing where CUDA graphs replay them."""
-    if plan.compile and plan.compile_mode == "reduce-overhead":
+    if plan.cuda_graphs:
         return 0.0
     kernels = COMPILED_KERNELS if plan.compile else EAGER_KERNELS
     return len(model.convolutions()) * kernels * KERNEL_SECONDS

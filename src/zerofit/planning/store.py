@@ -41,6 +41,8 @@ _MORE_SOURCES = {
     "resnet": ("batch_norm.py",),
     "timm": ("batch_norm.py", "classification.py"),
 }
+#: Architectures whose loss waits for the backward pass in fp16 (`kernels.head_loss`).
+_FP16_DIFFERS = ("mamba",)
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,14 @@ class TraceKey:
 
     Attributes:
         model: the config, with no more blocks than are traced.
-        element_bytes: of the compute type; bf16 and fp16 allocate the same.
+        element_bytes: of the compute type; bf16 and fp16 allocate the same but in architectures of `_FP16_DIFFERS`.
         recompute: the kind of blocks: what is recomputed in the backward pass; None keeps all activations.
         compiled: with `ModelSpec.compiled_units` compiled.
         device: ``cuda`` or ``cpu``.
         offloaded: inputs of recomputed blocks lie in host memory.
         every: every n-th block is recomputed, where blocks differ and are all traced (`ModelShape.blocks_alike`).
         frozen: with the head alone trained.
+        fp16: with fp16's own order of events, see `_FP16_DIFFERS`.
     """
 
     model: Mapping[str, Any]
@@ -66,6 +69,7 @@ class TraceKey:
     offloaded: bool = False
     every: int = 1
     frozen: bool = False
+    fp16: bool = False
 
     @property
     def text(self) -> str:
@@ -73,6 +77,8 @@ class TraceKey:
         data = {**asdict(self), "format": FORMAT, "source": _sources(self.model["kind"])}
         if not self.frozen:
             del data["frozen"]
+        if not self.fp16:
+            del data["fp16"]
         return _hash(json.dumps(data, sort_keys=True))
 
 
@@ -89,6 +95,7 @@ def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
         offloaded=recompute and plan.activation_offload == "cpu" and plan.device == "cuda",
         every=plan.activation_checkpointing_every if recompute and not plan.model.blocks_alike else 1,
         frozen=plan.frozen,
+        fp16=plan.precision == "fp16" and plan.model.kind in _FP16_DIFFERS,
     )
 
 
@@ -115,7 +122,7 @@ def trace_now(plan: Plan, key: TraceKey) -> Template:
     from ..models import model_spec
     from .trace import trace_template
 
-    precision: Precision = "bf16" if key.element_bytes == 2 else "fp32"
+    precision: Precision = "fp16" if key.fp16 else "bf16" if key.element_bytes == 2 else "fp32"
     return trace_template(
         model_spec(plan.model.kind),
         plan.model,

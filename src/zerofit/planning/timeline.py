@@ -13,8 +13,9 @@ from typing import Any, Protocol
 from .plan import Plan
 from .template import Alloc, Backward, BlockEvent, Free, Gradient, ModuleEvent, StepEvent
 
-#: CUDA streams with memory pools of their own: computing, reducing gradients, gathering parameters.
-MAIN, REDUCE, GATHER = 0, 1, 2
+#: CUDA streams with memory pools of their own: computing, reducing gradients, gathering parameters. What a CUDA graph
+#: records has its own pool too.
+MAIN, REDUCE, GATHER, RECORDED = 0, 1, 2, 3
 #: Micro-steps of a longer window that are played: the first, one in the middle, the last.
 PLAYED_MICRO_STEPS = 3
 #: From the second step on every step repeats the one before.
@@ -32,6 +33,7 @@ class Ledger:
         sequence: ``(number, bytes, stream)`` for an allocation, ``(number, -1, 0)`` for its end, in order; and
             `EMPTY_CACHE`.
         peaks: phase -> (bytes, items) at the phase's peak.
+        main: the stream that stands for `MAIN`: while a CUDA graph is recorded, `RECORDED`.
     """
 
     def __init__(self, granularity: int = 1) -> None:
@@ -41,6 +43,7 @@ class Ledger:
         self.sequence: list[tuple[int, int, int]] = []
         self.peaks: dict[str, tuple[int, dict[str, int]]] = {}
         self.phase = "init"
+        self.main = MAIN
         self._live: dict[Any, tuple[int, int, str]] = {}
         self._peak_bytes = -1
         self._count = 0
@@ -60,7 +63,7 @@ class Ledger:
         self._live[key] = (self._count, size_bytes, item)
         self.live_bytes += size_bytes
         self.items[item] = self.items.get(item, 0) + size_bytes
-        self.sequence.append((self._count, size_bytes, stream))
+        self.sequence.append((self._count, size_bytes, self.main if stream == MAIN else stream))
         if self.live_bytes > self._peak_bytes:
             self._watch()
 
@@ -165,6 +168,45 @@ def simulate(
             first_product = None
         ledger.begin("step")
         engine.step()
+    if plan.cuda_graphs:
+        _record(plan, ledger, engine, events, inputs, workspace_bytes)
+
+
+def _record(
+    plan: Plan,
+    ledger: Ledger,
+    engine: EngineModel,
+    events: Sequence[StepEvent],
+    inputs: Sequence[int],
+    workspace_bytes: int,
+) -> None:
+    """Recording the graphs of `engines.cuda_graphs`, a step, and an evaluation, which cannot use their memory. It is
+    taken to keep what a forward pass keeps; without gradients it keeps less."""
+    ledger.begin("forward")
+    ledger.empty_cache()
+    for number, size_bytes in enumerate(inputs):
+        ledger.alloc(("recorded input", number), size_bytes, "activations")
+    ledger.main = RECORDED
+    for direction in ("forward", "backward"):
+        ledger.alloc(("recorded workspace", direction), workspace_bytes, "workspaces")
+    micro_steps = min(plan.accumulation_steps, 2)
+    for index in range(micro_steps):
+        _micro_step(ledger, engine, events, inputs, index, index == micro_steps - 1)
+    ledger.main = MAIN
+    ledger.begin("step")
+    engine.step()
+    ledger.begin("forward")
+    kept = []
+    for event in events:
+        if type(event) is Backward:
+            break
+        if type(event) is Alloc:
+            ledger.alloc(*event)
+            kept.append(event.key)
+        elif type(event) is Free:
+            ledger.free(event.key)
+    for key in kept:
+        ledger.free_if_live(key)
 
 
 def _first_product(events: Sequence[StepEvent]) -> int | None:

@@ -24,7 +24,7 @@ MAY_CHANGE = (
     "global_batch", "micro_batch", "accumulation_steps",
     "strategy", "offload", "offload_parameters", "nvme_path", "zero.*", "fsdp.*", "loss_scale.*",
     "num_gpus", "device", "precision", "gradient_dtype", "activation_checkpointing", "activation_offload",
-    "compile", "compile_mode", "deterministic", "collective_timeout_seconds",
+    "compile", "compile_mode", "cuda_graphs", "deterministic", "collective_timeout_seconds",
 )  # fmt: skip
 
 
