@@ -372,6 +372,17 @@ def test_pictures_where_tokens_are_wanted_are_named(
     assert (trained / "data" / "meta.json").read_bytes() == before
 
 
+def test_a_presets_pictures_are_not_prepared_beside_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "mine", ("ape", "bee"), each=2)
+    monkeypatch.chdir(tmp_path)
+    assert run_verb(monkeypatch, "train", "--preset", "animals90", "--data.path", "mine", "--dry-run") == 2
+    error = capsys.readouterr().err
+    assert "`zerofit data prepare images mine --out mine-prepared`" in error
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["ape", "bee"]
+
+
 def test_prepared_pictures_decide_what_the_preset_supposes(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ rank (`flat_optimizer`). ``gradient_dtype: fp32`` accumulates and reduces in fp3
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
@@ -53,7 +54,7 @@ class DDPEngine:
                 device_ids=device_ids,
                 gradient_as_bucket_view=True,
                 init_sync=False,
-                broadcast_buffers=False,  # see `buffers`
+                **each_rank_its_own_buffers(DistributedDataParallel),
             )
         self.frozen = Frozen(plan, self.model, world)
         self.buffers = Buffers(self.model, world, plan.optimizer.ema_decay, self.frozen.tensors)
@@ -168,6 +169,16 @@ class DDPEngine:
 
     def close(self) -> None:
         self.replica, self.recorded = self.model, None
+
+
+def each_rank_its_own_buffers(replica: Callable[..., nn.Module]) -> dict[str, Any]:
+    """DDP's argument that keeps it from copying rank 0's buffers to all before each forward pass (see `buffers`).
+
+    torch 2.13 has renamed it, and warns of the older name. The newer one leaves the copy at the start alone, which
+    ``init_sync=False`` turns off.
+    """
+    names = inspect.signature(replica).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
 def _bucket_bytes(replica: DistributedDataParallel) -> int:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..config.durations import ENDLESS_STEPS
 from ..config.schema import Config, DataConfig
-from ..config.stages import describe_data, describe_stages, spans
+from ..config.stages import describe_data, describe_stages, has_last_step, spans
 from .candidates import Candidate, checkpointing_of, describe, describe_states
 from .choose import Choice
 from .hardware import Hardware
@@ -309,7 +309,7 @@ def choice_json(choice: Choice, config: Config) -> dict[str, Any]:
             {
                 "name": s.name,
                 "start": s.start,
-                "stop": s.stop,
+                "stop": s.stop if has_last_step(s) else None,
                 "data": describe_data(s.data),
                 "learning_rate": s.learning_rate,
             }

@@ -120,9 +120,9 @@ class Trainer:
         improved = self._evaluation_is_due(done) and self._evaluate(done)
         self._count_time()
         if self._save_is_due(done) and done == self.last_step:
-            self.checkpoints.save_now(self.progress, improved, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
+            self.checkpoints.save_now(self.progress, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
         elif save or self._save_is_due(done) or (improved and self.config.save_on_improvement):
-            self.checkpoints.save(self.progress, improved)
+            self.checkpoints.save(self.progress)
         if self._sample_is_due(done):
             self._sample(done)
         self.mark = time.perf_counter()
@@ -134,7 +134,7 @@ class Trainer:
     def _thaw(self, done: int) -> None:
         """The frozen phase is over: save, build the engine of the whole network, load."""
         assert self.phases is not None
-        self.checkpoints.save_now(self.progress, False, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
+        self.checkpoints.save_now(self.progress, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
         self.phases.thaw(open_checkpoint(self.checkpoints.folder(done)))
         self.events.write("thawed", step=done, strategy=self.plan.strategy)
         self.display.say(f"The whole network trains from step {done + 1} on, with a fresh optimizer.")
@@ -307,7 +307,7 @@ class Trainer:
         return bool(self.stop.wishes & STOP)
 
     def _interrupt(self, done: int) -> None:
-        self.checkpoints.save_now(self.progress, False, 0, self._asked_to_stop)
+        self.checkpoints.save_now(self.progress, 0, self._asked_to_stop)
         self.events.write("interrupted", step=done)
         raise Interrupted(f"Stopped at step {done} on request and saved. Continue with --resume.")
 
