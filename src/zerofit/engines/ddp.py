@@ -25,11 +25,15 @@ from . import common
 from .buffers import Buffers
 from .cuda_graphs import RecordedPasses
 from .flat_optimizer import FlatOptimizer
+from .frozen import Frozen
 from .loss_scale import LossScaler
 
 
 class DDPEngine:
-    """See `engines.base.Engine`. With a world of one it is the strategy ``single``: no process group is used."""
+    """See `engines.base.Engine`. With a world of one it is the strategy ``single``: no process group is used.
+
+    A plan's frozen phase runs here under every strategy (`Plan.frozen_phase`).
+    """
 
     def __init__(self, plan: Plan, spec: ModelSpec[Any], world: World) -> None:
         self.plan, self.world = plan, world
@@ -52,7 +56,8 @@ class DDPEngine:
                 init_sync=False,
                 **each_rank_its_own_buffers(DistributedDataParallel),
             )
-        self.buffers = Buffers(self.model, world)
+        self.frozen = Frozen(plan, self.model, world)
+        self.buffers = Buffers(self.model, world, plan.optimizer.ema_decay, self.frozen.tensors)
         self.recorded = RecordedPasses(self._passes, self.parameters) if plan.cuda_graphs else None
         self.scaler = LossScaler(plan.loss_scale, plan.precision == "fp16", world.device)
 
@@ -69,7 +74,7 @@ class DDPEngine:
                     self._passes(inputs, scaled) if self.recorded is None else self.recorded(inputs, scaled, index)
                 )
         grad_norm, skipped, scale = self._apply(lr)
-        self.buffers.settle(skipped)
+        self.buffers.settle(skipped, self.optimizer.steps)
         return common.close_step(agreed, loss_sum, grad_norm, skipped, scale, self.world)
 
     def _passes(self, inputs: dict[str, Tensor], factor: Tensor) -> Tensor:
@@ -126,7 +131,8 @@ class DDPEngine:
         return common.predict(self.model, batch, self.inputs)
 
     def fragments(self) -> Iterator[Fragment]:
-        return chain(self.buffers.fragments(), self.optimizer.fragments(self.world.rank, self.world.world_size))
+        own = self.optimizer.fragments(self.world.rank, self.world.world_size)
+        return chain(self.buffers.fragments(), self.frozen.fragments(), own)
 
     def hold_updates(self, wait: Callable[[], None]) -> None:
         self.held.hold(wait)
@@ -141,6 +147,7 @@ class DDPEngine:
             self.optimizer.load(read, scalars.get("optimizer_steps", 0.0))
         except KeyError as missing:
             raise TrainingFailed(f"parameter {missing} was asked for and its source does not hold it") from None
+        self.frozen.load(read)
         self.buffers.load(read)
         self.scaler.load(scalars)
 
@@ -150,6 +157,7 @@ class DDPEngine:
             "parameters": self.optimizer.parameter_bytes or copy,
             **self.optimizer.memory(),
             **self.buffers.memory(),
+            **self.frozen.memory(),
         }
         if self.fp32_gradients is not None:
             items["gradients"] = self.fp32_gradients.nbytes

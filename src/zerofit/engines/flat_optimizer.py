@@ -239,7 +239,12 @@ class FlatOptimizer:
     @property
     def applied_steps(self) -> float:
         """Steps that were applied (Adam's t); waits for the device."""
-        return float(self.groups[0].update.steps.item())
+        return float(self.steps.item())
+
+    @property
+    def steps(self) -> Tensor:
+        """The same as a scalar fp32 tensor on the device."""
+        return self.groups[0].update.steps
 
     def memory(self) -> dict[str, int]:
         """Bytes by the plan's items: ``master`` (where it is not the parameters themselves), ``moments``, ``ema``."""

@@ -60,7 +60,7 @@ class FSDPEngine:
         self.shards.give_to_model()
         if plan.mixed and plan.gradient_dtype == "fp32":
             self.fp32_gradients = _Fp32Gradients(self.model, self.shards)
-        self.buffers = Buffers(self.model, world)
+        self.buffers = Buffers(self.model, world, plan.optimizer.ema_decay)
         self.scaler = LossScaler(plan.loss_scale, plan.precision == "fp16", world.device)
 
     def train_step(self, window: Sequence[Batch], lr: float, step: int, wishes: int = 0) -> PendingStep:
@@ -74,7 +74,7 @@ class FSDPEngine:
             (loss * (factor * self.scaler.scale).float()).backward()
             loss_sum += loss.detach()
         grad_norm, skipped, scale = self._apply(lr)
-        self.buffers.settle(skipped)
+        self.buffers.settle(skipped, self.optimizer.steps)
         return common.close_step(agreed, loss_sum, grad_norm, skipped, scale, self.world)
 
     def _apply(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -104,6 +104,8 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
         console,
         f"Batch: {choice.split.equation()}; {items}, {length}.",
     )
+    if chosen.frozen is not None:
+        _say(console, describe_frozen(chosen))
     for line in describe_stages(config):
         _say(console, line)
     if isinstance(config.data, DataConfig) and config.data.sources and not config.stages:
@@ -114,6 +116,19 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
             f"Checkpoints: {format_bytes(chosen.checkpoint_bytes)} each, up to {format_bytes(chosen.disk_bytes)} on "
             f"disk.",
         )
+
+
+def describe_frozen(candidate: Candidate) -> str:
+    """What a frozen phase trains and needs, in a sentence."""
+    plan, frozen = candidate.plan, candidate.frozen
+    assert frozen is not None
+    phase, epochs = plan.frozen_phase(), getattr(plan.model, "freeze_epochs", 0)
+    larger = "" if candidate.memory is frozen else ", less than the whole network after it"
+    return (
+        f"Frozen backbone for the first {'epoch' if epochs == 1 else f'{epochs} epochs'}: the head alone "
+        f"({phase.parameters:,} of {plan.parameters:,} parameters) trains, as {describe(phase)}; that phase's peak is "
+        f"{format_bytes(frozen.driver_bytes)}{larger}. Its steps are shorter; their time is not predicted."
+    )
 
 
 def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool) -> Table:
@@ -313,6 +328,21 @@ def hardware_json(choice: Choice) -> dict[str, Any]:
     return {**hardware.model_dump(mode="json"), "rates": rates, "software": software}
 
 
+def frozen_json(candidate: Candidate) -> dict[str, Any] | None:
+    """The phase with a frozen backbone; None where there is none."""
+    if candidate.frozen is None:
+        return None
+    phase = candidate.plan.frozen_phase()
+    return {
+        "trained_parameters": phase.parameters,
+        "strategy": phase.strategy,
+        "gpu_peak_bytes": candidate.frozen.allocated_bytes,
+        "gpu_driver_bytes": candidate.frozen.driver_bytes,
+        "gpu_items": candidate.frozen.items,
+        "memory_basis": candidate.frozen.basis,
+    }
+
+
 def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
     """One candidate, flat. Of the GPU: ``peak`` is allocated by PyTorch (the items' sum), ``reserved`` is held by its
     allocator, ``driver`` is what must stay below ``limit``.
@@ -341,6 +371,7 @@ def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
         "gpu_limit_bytes": candidate.limit_bytes,
         "gpu_items": memory.items,
         "peak_phase": memory.peak_phase,
+        "frozen_phase": frozen_json(candidate),
         "memory_basis": memory.basis,
         "host_peak_bytes": candidate.host_peak_bytes,
         "host_items": memory.host_items,

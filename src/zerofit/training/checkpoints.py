@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..checkpoint.manifest import step_name
 from ..checkpoint.saver import Outcome, Request, Saver, agree
 from ..config.schema import Config
 from ..config.stages import stage_ending_at
@@ -16,6 +18,8 @@ from ..planning.plan import Plan
 from ..tasks.base import Best, Task
 from ..types import SAVE, Batch, Pending, World
 from .events import EventLog
+from .phases import STATE as FROZEN
+from .phases import PhasedEngine
 from .probe import probe_loss
 from .progress import Display
 from .state import Progress
@@ -111,6 +115,10 @@ class Checkpoints:
             while time.monotonic() < until and not asked_to_stop():
                 time.sleep(0.1)
 
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step lies. Not collective."""
+        return self.saver.root / step_name(step)
+
     def finish(self) -> bool:
         """Wait for the save under way, and tell what became of it. False when it failed."""
         fine = self.saver.finish()
@@ -163,6 +171,7 @@ class Checkpoints:
             "config": self.config.model_dump(mode="json"),
             "model": self.plan.model.model_dump(mode="json"),
             "facts": self.facts,
+            FROZEN: isinstance(self.engine, PhasedEngine) and self.engine.frozen,
             "strategy": self.plan.strategy,
             "offload": self.plan.offload,
             "world_size": self.plan.world_size,

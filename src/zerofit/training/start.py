@@ -19,7 +19,7 @@ from ..config.durations import ENDLESS_STEPS, parse_duration
 from ..config.image_models import ImageModelShape
 from ..config.images import ImageDataConfig
 from ..config.load import COMMAND_LINE, DEFAULT, ResolvedConfig
-from ..config.models import HuggingFaceConfig
+from ..config.models import HuggingFaceConfig, TimmConfig
 from ..config.schema import Config
 from ..config.stages import check_last_stage
 from ..errors import CheckpointError, ConfigError, DataError
@@ -31,8 +31,10 @@ from ..planning.huggingface import completed
 from ..planning.optimizer_states import checkpoint_bytes_a_parameter
 from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
+from ..planning.timm_models import described
 from ..planning.translation import print_translation
 from ..tasks import task_of
+from .freezing import freezing_words, refuse_nothing_to_keep
 from .initial_model import NO_WEIGHTS, refuse_another_kind, with_initial_model
 from .lock import RunLock, acquire_run
 from .resume import check_resumable
@@ -160,10 +162,18 @@ def with_model_of_data(resolved: ResolvedConfig) -> ResolvedConfig:
     config = resolved.config
     decided = task_of(config.model).decided_by_data(config)
     if not decided:
-        return resolved
+        return _with_architecture(resolved)
     origins = {**resolved.origins, **{f"model.{name}": f"data {config.data.path}" for name in decided}}
     model = config.model.model_copy(update=decided)
-    return replace(resolved, config=config.model_copy(update={"model": model}), origins=origins)
+    return _with_architecture(replace(resolved, config=config.model_copy(update={"model": model}), origins=origins))
+
+
+def _with_architecture(resolved: ResolvedConfig) -> ResolvedConfig:
+    """With what timm builds, where the model is one of timm's."""
+    if not isinstance(resolved.config.model, TimmConfig):
+        return resolved
+    config = resolved.config.model_copy(update={"model": described(resolved.config.model)})
+    return replace(resolved, config=config)
 
 
 def _say_classes(console: Console, before: object, resolved: ResolvedConfig) -> None:
@@ -298,6 +308,8 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
         if lock is not None:
             _sweep(folder, console)
         start = _checked_start(folder, request, resolved.config, choice.plan, console)
+        if words := freezing_words(resolved.config, choice.plan):
+            _say(console, words)
         _refuse_a_full_disk(folder, resolved.config, choice.plan)
         if lock is None:
             _say(console, f"Dry run: nothing was started. The run folder would be {folder}.")
@@ -387,11 +399,13 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
         return Start(start.how, source.folder if (source.folder / MANIFEST).is_file() else start.checkpoint)
     model = plan.model
     if isinstance(model, ImageModelShape) and (model.pretrained or model.weights_from is not None):
-        from ..checkpoint.pretrained import starting_weights
+        from ..checkpoint.pretrained import published_by, starting_weights
 
         lacking = model.parameter_shapes().keys() - (starting_weights(model) or {}).keys()
         afresh = f"; {', '.join(sorted(lacking))} start afresh" if lacking else ""
-        _say(console, f"Weights from {model.weights_from or 'torchvision'}{afresh}.")
+        _say(console, f"Weights from {model.weights_from or published_by(model)}{afresh}.")
+    else:
+        refuse_nothing_to_keep(model)
     return start
 
 
