@@ -6,12 +6,12 @@
     python benchmarks/mamba.py --small --gpus 2 --out /tmp/mamba.json          # a dry run without GPUs
 
 Each case runs in processes of its own with a time limit, and the results are written after each; running out of memory
-is a result. Random tokens; the median of the steps after the warm-up; peaks of PyTorch's allocator on rank 0 (the start
-included, which is also told apart), and what the driver shows, beside what the planner says. Cases whose name starts
-with ``24gb`` run while another process holds all but 24,150 MiB of every GPU: that emulates the memory of such cards,
-not their speed. ``--peer`` names a folder from which ``mamba_ssm`` can be imported, or one with its scan's kernels as
-peer.so (see benchmarks/kernels.py); without it the peer's cases are left out. ``--small`` runs the same cases as tiny
-models, on CPUs the peer's too (with PyTorch's scan), and where there are GPUs under the same ballast.
+is a result. Random tokens; the median of the steps after the warm-up; peaks of PyTorch's allocator on the busiest rank
+(the start included, which is also told apart), and what the driver shows, beside what the planner says. Cases whose
+name starts with ``24gb`` run while another process holds all but 24,150 MiB of every GPU: that emulates the memory of
+such cards, not their speed. ``--peer`` names a folder from which ``mamba_ssm`` can be imported, or one with its scan's
+kernels as peer.so (see benchmarks/kernels.py); without it the peer's cases are left out. ``--small`` runs the same
+cases as tiny models, on CPUs the peer's too (with PyTorch's scan), and where there are GPUs under the same ballast.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ CASES: dict[str, dict[str, Any]] = {
     "7b-zero1-light": {"strategy": "zero1", "recompute": "light"},
     "peer-zero2-checkpointed": {"peer": True, "stage": 2, "checkpointed": True},
     "7b-fsdp2": {"strategy": "fsdp2"},
+    "7b-fsdp2-8-ctas": {"strategy": "fsdp2", "ctas": 8},
+    "7b-fsdp2-gathered-8-ctas": {"strategy": "fsdp2", "fsdp": {"reshard_after_forward": False}, "ctas": 8},
     "7b-fsdp2-light": {"strategy": "fsdp2", "recompute": "light"},
     "7b-fsdp2-selective": {"strategy": "fsdp2", "recompute": "selective"},
     "7b-fsdp2-full": {"strategy": "fsdp2", "recompute": "full"},
@@ -69,7 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
     "24gb-zero3-cpu": {**ZERO3, "recompute": "selective", "offload": "cpu", "tight": True, "steps": 4, **CARD},
     # Scale at 1.4B, 4 samples of 2048 tokens a GPU.
     **{
-        f"scale-{n}": {"size": "1_4b", "gpus": n, "strategy": "zero1" if n > 1 else "single", "micro_batch": 4,
+        f"scale-{n}": {"size": "1_4b", "gpus": n, "strategy": "ddp" if n > 1 else "single", "micro_batch": 4,
                        "length": 2048, "recompute": "light"}
         for n in (1, 2, 4)
     },
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--peer", default="")
     parser.add_argument("--limit-seconds", type=float, default=240)
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no case after that")
+    parser.add_argument("--profile", action="store_true", help="tell, of two more steps, what the GPU does when")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--predict-only", action="store_true", help="print what the planner says of each case")
     parser.add_argument("--case", default="", help=argparse.SUPPRESS)
@@ -141,7 +144,7 @@ def tried(name: str, args: argparse.Namespace, weight: _Ballast) -> dict[str, An
             return row | _answer(saying)
         gpus = case.get("gpus", args.gpus)
         arguments = ["--case", name, "--gpus", str(args.gpus), "--peer", args.peer]
-        arguments += ["--small"] if args.small else []
+        arguments += [flag for flag in ("--small", "--profile") if getattr(args, flag[2:])]
         try:
             weight.hold(gpus) if case.get("card") else weight.release()
         except RuntimeError as error:
@@ -225,6 +228,7 @@ def plan_of(case: dict[str, Any], args: argparse.Namespace) -> Any:
             "activation_checkpointing_every": int(recompute != "none"),
             "recomputation": "full" if recompute == "none" else recompute,
             "optimizer": case.get("optimizer", {}),
+            "fsdp": case.get("fsdp", {}),
             "zero": {"pin_memory": cuda, **(TIGHT if case.get("tight") else {})},
         }
     )
@@ -268,7 +272,11 @@ def run_case(args: argparse.Namespace) -> None:
         synchronize()
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[WARM_UP:])
+    timeline = profiled(lambda: step(0)) if args.profile and cuda else {}
     free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
+    allocated, reserved = busiest(
+        max(started_bytes, torch.cuda.max_memory_allocated()), torch.cuda.max_memory_reserved()
+    )
     write_result(
         {
             "step_seconds": seconds,
@@ -278,17 +286,73 @@ def run_case(args: argparse.Namespace) -> None:
             "parameters": parameters,
             "start_seconds": started_seconds,
             "start_allocated_bytes": started_bytes,
-            "allocated_bytes": max(started_bytes, torch.cuda.max_memory_allocated()) if cuda else 0,
-            "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
+            "allocated_bytes": allocated,
+            "reserved_bytes": reserved,
             # Of this process: what the ballast holds is not in it.
             "driver_bytes": (CARD_MIB * MIB if case.get("card") else total) - free,
             "losses": losses,
+            **timeline,
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "torch": torch.__version__,
         }
     )
     sys.stdout.flush()
     os._exit(0)  # what libraries leave behind need not be waited for
+
+
+def profiled(step: Callable[[], object]) -> dict[str, Any]:
+    """Milliseconds of a step in which this rank's GPU computes, communicates, does both, or nothing; its kernels that
+    take longest."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+    spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    totals: dict[str, float] = {}
+    for event in found.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.device_type() != torch.autograd.DeviceType.CUDA or event.duration_ns() <= 0:
+            continue
+        if getattr(event, "is_user_annotation", lambda: False)():
+            continue  # a range that a library marked, not a kernel
+        name, start = event.name(), event.start_ns() / 1e6
+        spans["nccl" in name.lower()].append((start, start + event.duration_ns() / 1e6))
+        totals[name[:60]] = totals.get(name[:60], 0.0) + event.duration_ns() / 2e6
+    begin = min(start for some in spans.values() for start, _ in some)
+    end = max(stop for some in spans.values() for _, stop in some)
+    computing, communicating, either = (
+        _covered(some) / 2 for some in (spans[False], spans[True], spans[False] + spans[True])
+    )
+    return {
+        "profile_ms": {
+            "step": (end - begin) / 2, "computing": computing, "communicating": communicating,
+            "both": computing + communicating - either, "idle": (end - begin) / 2 - either,
+        },
+        "kernels_ms": dict(sorted(totals.items(), key=lambda item: -item[1])[:25]),
+    }  # fmt: skip
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union."""
+    total, until = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, until))
+        until = max(until, stop)
+    return total
+
+
+def busiest(*figures: int) -> list[int]:
+    """The largest of the ranks' figures, each. Under ZeRO-2 the rank that owns the last layers holds most."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or not torch.cuda.is_available():
+        return list(figures)
+    largest = torch.tensor(figures, device="cuda")
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return [int(figure) for figure in largest]
 
 
 def run_ours(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[int], float], int, int]:
@@ -298,6 +362,8 @@ def run_ours(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
     from zerofit.launch.memory_trial import random_window
     from zerofit.models import model_spec
 
+    if "ctas" in case:
+        os.environ["NCCL_MAX_CTAS"] = str(case["ctas"])  # multiprocessors that a collective may take
     plan = plan_of(case, args)
     opened = open_world(plan, launcher_store())
     world = opened.__enter__()

@@ -4,7 +4,7 @@
 
 The reference is a loop in plain PyTorch around ``torchvision.models.resnet18``: the same initial weights, the same
 batches, AdamW, clipping and schedule. Beside a CPU-only PyTorch the import of a CUDA build of torchvision fails unless
-the schemas of its operators are registered first; that is done here, and nowhere in zerofit.
+the schemas of its operators are registered first; that is done here too.
 """
 
 from __future__ import annotations

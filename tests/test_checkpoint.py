@@ -524,3 +524,43 @@ def test_saving_takes_the_ranks_share_once_more_and_loading_a_tensor(tmp_path: P
     before, saved, loaded = (int(mib) for mib in done.stdout.split())
     assert saved - before < (1.1 * 480 if how == "asynchronous" else 256 + 64)
     assert loaded - saved < 128
+
+
+MEMORY_OF_CODED = """
+import resource, sys; from pathlib import Path; import torch
+from zerofit.checkpoint import retention, saver, store
+from zerofit.engines.flat_optimizer import FlatOptimizer
+from zerofit.planning.plan import OptimizerPlan
+from zerofit.types import World
+root, asynchronous = Path(sys.argv[1]), sys.argv[2] == "asynchronous"
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+weights = {name: torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
+           for name, shape in {"a": (16, 1024, 1024), "b": (1000,), "c": (16, 1024, 1024)}.items()}
+plan = OptimizerPlan(state="8bit", master="bf16")
+own = FlatOptimizer(weights, lambda name: True, plan, lambda p: None)
+def read(name, role, start, stop):
+    return torch.full((stop - start,), {"parameter": 1.0, "exp_avg": -2.0, "exp_avg_sq": 3.0}[role])
+own.load(read, 1.0)
+before = peak()
+kept = saver.Saver(root, World(0, 1, 0, torch.device("cpu")), retention.Retention(1), 0, asynchronous=asynchronous,
+                   patience_seconds=60)
+kept.begin(saver.Request(1, {}, {}, {}, ("latest",)), own.fragments(0, 1), lambda wait: wait())
+assert kept.finish()
+saved_at = peak()
+kept.close()
+saved = store.open_checkpoint(root / "step-00000001")
+for role in ("parameter", "exp_avg", "exp_avg_sq"):
+    for name, weight in weights.items():
+        got = saved.read(name, role, 0, weight.numel())
+        assert torch.equal(got, read(name, role, 0, weight.numel())), (name, role)
+print(before, saved_at)
+"""
+
+
+@pytest.mark.parametrize("how", ["asynchronous", "waiting"])
+def test_low_bit_states_are_decoded_a_piece_at_a_time(tmp_path: Path, how: str) -> None:
+    """384 MiB once decoded: beside the blocks that they are copied to (two, or one), a few pieces of 16 MiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY_OF_CODED, str(tmp_path), how], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, saved = (int(mib) for mib in done.stdout.split())
+    assert saved - before < (384 if how == "asynchronous" else 256) + 100

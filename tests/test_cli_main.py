@@ -61,6 +61,32 @@ def test_a_misspelt_verb_names_the_nearest_one() -> None:
     assert "Did you mean 'train'?" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("xqz", "zerofit: No such command 'xqz'. There are: train, plan, "),
+        ("checkpoint lst", "zerofit checkpoint: No such command 'lst'. Did you mean 'list'?"),
+        ("--versoin", "zerofit has no option --versoin. The nearest is --version. `zerofit --help`"),
+        ("eval", "zerofit eval: Missing argument 'RUN'. It is called as `zerofit eval [OPTIONS] RUN`"),
+        ("checkpoint tag runs/a", "zerofit checkpoint tag: Missing argument 'NAME'."),
+        ("eval a --micro_batches 3", "zerofit eval has no option --micro_batches. The nearest is --micro-batch. `"),
+        ("eval a --colour", "zerofit eval has no option --colour. Its options are --checkpoint, --weights, --data, "),
+        ("eval a --micro-batch x", "zerofit eval --micro-batch x was asked for. Invalid value for '--micro-batch': "),
+        ("data prepare a --val-fraction=2", "zerofit data prepare --val-fraction=2 was asked for. Invalid value"),
+        ("data prepare a --split middle", "'middle' is not one of 'tail', 'documents'. `zerofit data prepare --help`"),
+        ("data prepare a --out", "zerofit data prepare: Option '--out' requires an argument. `zerofit data prepare -"),
+        ("presets gpt2 more", "zerofit presets: Got unexpected extra argument"),
+        ("generate", "zerofit generate: Missing argument 'RUN'."),
+    ],
+)
+def test_typers_own_errors_are_one_paragraph_too(typed: str, said: str) -> None:
+    done = zerofit(*typed.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    # Versions of typer write the names of arguments in braces or capitals.
+    assert said.lower() in done.stderr.replace("{", "").replace("}", "").lower()
+
+
 def test_an_error_is_one_paragraph_on_stderr_with_its_exit_code() -> None:
     done = zerofit("train", "--preset", "gpt2", "--learning-rte", "1")
     assert (done.returncode, done.stdout) == (2, "")
@@ -68,7 +94,10 @@ def test_an_error_is_one_paragraph_on_stderr_with_its_exit_code() -> None:
     assert "nearest known key is optimizer.learning_rate" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--debug", "train", "--no-such"], ["train", "--no-such", "--debug"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--debug", "train", "--no-such"], ["train", "--no-such", "--debug"], ["eval", "--no-such", "--debug"]],
+)
 def test_debug_shows_the_traceback_and_keeps_the_exit_code(arguments: list[str]) -> None:
     done = zerofit(*arguments)
     assert done.returncode == 2

@@ -7,6 +7,7 @@ are spread over ranks and windows: that is what is compared. With ``sync_batchno
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from zerofit.checkpoint.model import initial_reader, load_model
 from zerofit.checkpoint.store import open_checkpoint
 from zerofit.config.models import ResNetConfig
 from zerofit.engines.build import build
+from zerofit.engines.ddp import each_rank_its_own_buffers
 from zerofit.models.resnet import MOMENTUM, SPEC
 from zerofit.planning.memory import state_bytes
 from zerofit.planning.plan import Plan
@@ -123,6 +125,34 @@ def test_saved_statistics_are_the_ranks_average(strategy: str) -> None:
     assert not np.allclose(first.own[name], second.own[name])
     np.testing.assert_allclose(held[name], (first.own[name] + second.own[name]) / 2, rtol=1e-6)
     assert held["bn1.num_batches_tracked"] == STEPS * SAMPLES // MICRO // 2
+
+
+def warnings_of(world: World, plan: Plan) -> tuple[list[str], bool]:
+    """Warnings of what torch is going to drop; and whether DDP would copy buffers to all ranks."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine: Any = build(plan, SPEC, world)
+        engine.load(initial_reader(SPEC, plan.model, plan.seed))
+        engine.train_step(window(plan, 0, world.rank), LR, 0).read()
+    found = [str(w.message) for w in caught if issubclass(w.category, FutureWarning | DeprecationWarning)]
+    copied = engine.replica.will_sync_module_buffers()
+    engine.close()
+    return found, copied
+
+
+def test_ddp_leaves_buffers_alone_under_the_name_that_this_torch_knows() -> None:
+    for found, copied in run(2, warnings_of, make_plan("ddp", 2)):
+        assert found == []
+        assert not copied
+
+
+def test_ddps_argument_is_chosen_by_its_name() -> None:
+    def older(module: Any, broadcast_buffers: bool = True) -> Any: ...
+
+    def newer(module: Any, broadcast_buffers: Any = None, *, forward_sync_buffers: Any = None) -> Any: ...
+
+    assert each_rank_its_own_buffers(older) == {"broadcast_buffers": False}
+    assert each_rank_its_own_buffers(newer) == {"forward_sync_buffers": False}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from zerofit.config.models import GPT2Config
 from zerofit.config.schema import DataConfig
 from zerofit.data.metadata import infer_width, read_meta, read_plain_pickle
-from zerofit.data.prepare import Prepared, encode, pieces, prepare
+from zerofit.data.prepare import Prepared, encode, openwebtext, pieces, prepare
 from zerofit.data.prepare.openwebtext import DOCUMENTS
 from zerofit.data.prepare.pieces import Piece, Tally, cut
 from zerofit.data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
@@ -302,6 +302,28 @@ def test_a_subset(tmp_path: Path, subset: str, kept: list[int]) -> None:
     assert "".join(_documents(tmp_path / "out", "train")).startswith("".join(LINES[i] for i in kept[:-1]))
     with pytest.raises(DataError, match="subset '-3'"):
         _prepare(tmp_path / "other", tmp_path / "a.jsonl", subset="-3")
+
+
+def test_openwebtext_is_read_by_the_library_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's datasets on a folder with Parquet files in the place of the hub's: streamed in part, and whole."""
+    datasets = pytest.importorskip("datasets")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [f"document {number} of the web" for number in range(40)]
+    (tmp_path / "hub").mkdir()
+    for part in range(2):
+        table = pyarrow.table({"text": texts[20 * part : 20 * (part + 1)]})
+        parquet.write_table(table, tmp_path / "hub" / f"train-{part:05d}-of-00002.parquet")
+    monkeypatch.setattr(openwebtext, "REPOSITORY", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    assert list(openwebtext.openwebtext(None, 7.5 / DOCUMENTS, 1)()) == texts[:7]
+    assert list(openwebtext.openwebtext(23, 1.0, 1)()) == texts[:23]
+    assert not list((tmp_path / "cache").rglob("*.arrow"))  # a part is streamed
+    assert list(openwebtext.openwebtext(None, 1.0, 2)()) == texts
+    assert list((tmp_path / "cache").rglob("*.arrow"))
+    monkeypatch.setattr(openwebtext, "REPOSITORY", str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"could not be read from the Hugging Face hub.*\.parquet files elsewhere"):
+        list(openwebtext.openwebtext(None, 1.0, 1)())
 
 
 def test_openwebtext_asks_the_hub_for_no_more_than_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,40 @@ def test_bad_requests_end_with_2_and_one_paragraph(work: Path, arguments: tuple[
     assert not (work / "runs" / "bad").exists()
 
 
+@pytest.mark.parametrize(
+    ("path", "said", "remedy"),
+    [
+        ("new", "data.path new does not exist", "zerofit data prepare TEXT --tokenizer char --out new`"),
+        ("empty", "data.path empty is empty", "zerofit data prepare TEXT --tokenizer char --out empty`"),
+        ("texts", "holds a text file that is not", "zerofit data prepare texts --tokenizer char --out texts-prepared`"),
+        ("play.txt", "play.txt is a file", "zerofit data prepare play.txt --tokenizer char --out play-prepared`"),
+    ],
+)
+def test_a_presets_corpus_is_not_put_into_a_folder_of_ones_own(work: Path, path: str, said: str, remedy: str) -> None:
+    (work / "empty").mkdir()
+    (work / "texts").mkdir()
+    (work / "texts" / "mine.txt").write_text("abc " * 500)
+    before = sorted(work.rglob("*"))
+    typed = ["train", "--preset", "shakespeare_char", "--data.path", path, "--dry-run"]
+    error = zerofit(work, *typed, code=2).stderr
+    assert said in error
+    assert remedy in error
+    assert "--data.prepare shakespeare" in error
+    assert error.count("\n") == 1
+    assert sorted(work.rglob("*")) == before
+
+
+def test_ones_own_prepared_text_and_a_corpus_that_was_asked_for_are_used(work: Path) -> None:
+    (work / "texts").mkdir()
+    (work / "texts" / "mine.txt").write_text("the quick brown fox " * 400)
+    zerofit(work, "data", "prepare", "texts", "--tokenizer", "char", "--out", "texts-prepared")
+    own = ["train", "--preset", "shakespeare_char", "--data.path", "texts-prepared", "--dry-run"]
+    assert "Preparing" not in zerofit(work, *own).stdout
+    (work / "mine.yaml").write_text("data: {path: elsewhere}")
+    asked = ["train", "mine.yaml", "--preset", "shakespeare_char", "--data.prepare", "play.txt", "--dry-run"]
+    assert "elsewhere: " in zerofit(work, *asked).stdout
+
+
 def test_a_taken_name_is_refused_and_resume_of_another_batch_too(work: Path) -> None:
     train(work, "a")
     assert "--resume" in train(work, "a", code=2).stderr

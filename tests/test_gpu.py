@@ -136,3 +136,37 @@ def _losses(kind: str, compiled: bool, recorded: bool) -> list[tuple[float, floa
     assert recorded == bool(engine.recorded is not None and engine.recorded.gradient_bytes())
     engine.close()
     return found
+
+
+def test_saving_low_bit_states_takes_little_memory_beside_them(tmp_path: Path) -> None:
+    """768 MiB once decoded, three pieces of 16 MiB at a time; and what was saved is what was there."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    from zerofit.checkpoint import store
+    from zerofit.checkpoint.retention import Retention
+    from zerofit.checkpoint.saver import Request, Saver
+    from zerofit.engines.flat_optimizer import FlatOptimizer
+    from zerofit.planning.plan import OptimizerPlan
+    from zerofit.types import World
+
+    device = torch.device("cuda", 0)
+    weights = {"a": torch.nn.Parameter(torch.ones(64 * 1024**2, dtype=torch.bfloat16, device=device))}
+    own = FlatOptimizer(weights, lambda _: True, OptimizerPlan(state="8bit", master="bf16"), lambda _: None)
+    values = {role: torch.randn(64 * 1024**2) for role in ("parameter", "exp_avg")}
+    values["exp_avg_sq"] = values["exp_avg"].square()
+    own.load(lambda _, role, start, stop: values[role][start:stop], 1.0)
+    expected = {role: state.read(0, 64 * 1024**2).cpu() for role, state in own.groups[0].states.items()}
+    kept = Saver(tmp_path, World(0, 1, 0, device), Retention(1), 0, asynchronous=True, patience_seconds=60)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    kept.begin(Request(1, {}, {}, {}, ("latest",)), own.fragments(0, 1), lambda wait: wait())
+    weights["a"].data.zero_()  # the next update: behind the copies
+    assert kept.finish()
+    assert torch.cuda.max_memory_allocated() - before[0] <= 50 * 1024**2
+    assert torch.cuda.max_memory_reserved() - before[1] <= 80 * 1024**2
+    kept.close()
+    saved = store.open_checkpoint(tmp_path / "step-00000001")
+    assert saved is not None
+    for role, values_then in expected.items():
+        assert torch.equal(saved.read("a", role, 0, 64 * 1024**2), values_then), role

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from pictures import write_folder
-from zerofit.checkpoint.pretrained import starting_reader
+from zerofit.checkpoint import pretrained
+from zerofit.checkpoint.pretrained import starting_reader, starting_weights
 from zerofit.cli.main import main as zerofit_main
 from zerofit.config.load import load_config
 from zerofit.config.models import ResNetConfig
@@ -122,6 +124,43 @@ def test_published_weights_are_for_the_published_width() -> None:
         starting_reader(SPEC, SMALL.model_copy(update={"pretrained": True}), 5)
     with pytest.raises(ValueError, match="come from one place"):
         ResNetConfig(pretrained=True, weights_from=Path("x"))
+
+
+def test_published_weights_are_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network's place takes a file: the same way in, the same hash in its name."""
+    config = ResNetConfig(layers=18, num_classes=90, input_size=224, pretrained=True)
+    published = state_dict(config.model_copy(update={"num_classes": 1000}))
+    torch.save(published, tmp_path / "x")
+    digest = hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()[:8]
+    source = (tmp_path / "x").rename(tmp_path / f"resnet18-{digest}.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setitem(pretrained.PUBLISHED, 18, source.as_uri())
+    taken = starting_weights(config)
+    assert taken is not None
+    assert config.parameter_shapes().keys() - taken.keys() == {"fc.weight", "fc.bias"}
+    assert torch.equal(taken["layer4.1.bn2.running_var"], published["layer4.1.bn2.running_var"])
+    source.unlink()
+    assert starting_weights(config) is not None  # what was fetched stays
+    held = tmp_path / "hub" / "checkpoints" / source.name
+    held.write_bytes(held.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=f"SHA-256 begins with {digest}, .* Remove it"):
+        starting_weights(config)
+    held.unlink()
+    with pytest.raises(ConfigError, match=r"could not be fetched .* --model\.weights_from"):
+        starting_weights(config)
+    with pytest.raises(ConfigError, match="layers 18, base_width 32"):
+        starting_weights(config.model_copy(update={"base_width": 32}))
+
+
+def test_published_weights_of_another_shape_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = state_dict(ResNetConfig(layers=18, base_width=8, num_classes=5))
+    torch.save(other, tmp_path / "x")
+    digest = hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()[:8]
+    source = (tmp_path / "x").rename(tmp_path / f"resnet18-{digest}.pth")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setitem(pretrained.PUBLISHED, 18, source.as_uri())
+    with pytest.raises(CheckpointError, match=r"of another model: conv1.weight has the shape \(8, 3, 7, 7\) there and"):
+        starting_weights(ResNetConfig(layers=18, num_classes=5, pretrained=True))
 
 
 # -------------------------------------------------------------------------------------------------- configuration
@@ -331,6 +370,17 @@ def test_pictures_where_tokens_are_wanted_are_named(
     typed = ["train", "--preset", "shakespeare_char", "--data.path", str(trained / "data"), "--dry-run"]
     assert run_verb(monkeypatch, *typed) == 2
     assert (trained / "data" / "meta.json").read_bytes() == before
+
+
+def test_a_presets_pictures_are_not_prepared_beside_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "mine", ("ape", "bee"), each=2)
+    monkeypatch.chdir(tmp_path)
+    assert run_verb(monkeypatch, "train", "--preset", "animals90", "--data.path", "mine", "--dry-run") == 2
+    error = capsys.readouterr().err
+    assert "`zerofit data prepare images mine --out mine-prepared`" in error
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["ape", "bee"]
 
 
 def test_prepared_pictures_decide_what_the_preset_supposes(

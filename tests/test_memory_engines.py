@@ -97,7 +97,7 @@ def measured(world: World, plan: Plan) -> dict[str, int]:
     gc.freeze()
 
     def read(name: str, role: str, start: int, stop: int) -> Tensor | None:
-        return torch.zeros(1).expand(stop - start) if role == "parameter" else None
+        return torch.zeros(1).expand(stop - start) if role in ("parameter", "buffer") else None
 
     storages = Storages()
     for name in ("alloc_storage", "free_storage"):

@@ -208,6 +208,10 @@ def test_stages_are_a_function_of_the_step(tmp_path: Path) -> None:
     assert names == ["stage-1", "stage-1", "middle", "middle", "stage-3", "stage-3"]
     assert [span_at(config, step).data.path.name for step in (0, 10, 20)] == ["a", "base", "b"]
     assert [stage_ending_at(config, step) for step in (9, 10, 20, 40)] == [None, "stage-1", "middle", "stage-3"]
+    # A run that ends early ends the stage that it is in, and no other.
+    early = [stage_ending_at(config, step, last_step=15) for step in (9, 10, 14, 15, 20)]
+    assert early == [None, "stage-1", None, "middle", "middle"]
+    assert stage_ending_at(config, 10, last_step=10) == "stage-1"
     # The run's schedule goes on; a schedule of its own counts from the start of its stage, to its end.
     assert [learning_rate(config, step) for step in (0, 12)] == [1.0, 0.5]
     assert learning_rate(config, 20) == pytest.approx(0.25 / 5)
@@ -215,6 +219,33 @@ def test_stages_are_a_function_of_the_step(tmp_path: Path) -> None:
     assert learning_rate(config, 39) < 0.01
     lines = list(describe_stages(config))
     assert "steps 11 to 20, base, peak learning rate 0.5" in lines[1]
+
+
+def test_the_end_of_a_timed_run_is_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in the plan, nor in its JSON, nor in a refusal."""
+    from zerofit.cli.plan import run_plan
+
+    _corpus(tmp_path / "a")
+    settings = {"max_steps": None, "schedule": {"kind": "constant"}, "device": "cpu", "strategy": "single"}
+    data, stages = {"path": str(tmp_path / "a")}, [{"until": 10}, {"name": "rest"}]
+    path = str(_yaml(tmp_path, data, stages=stages, **settings))
+    run_plan([path, "--duration", "10s"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Stage stage-1: steps 1 to 10, " in said
+    assert "Stage rest: step 11 on, to the end of the run, " in said
+    assert "for 10s" in said
+    assert "000,000" not in said
+    run_plan([path, "--duration", "10s", "--json"])
+    assert [stage["stop"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [10, None]
+    with pytest.raises(ConfigError, match="number 1 ends at step 10, and the duration 8 comes to 8 steps"):
+        run_plan([path, "--duration", "8"])
+    assert "Stage" not in capsys.readouterr().out
+    path = str(_yaml(tmp_path, data, stages=[{"until": 10}, {"until": 20}], duration="10s", **settings))
+    with pytest.raises(ConfigError, match=r"number 2 ends at step 20, and after the duration 10s nobody knows"):
+        run_plan([path])
+    path = str(_yaml(tmp_path, data, duration="10s", **{**settings, "max_steps": 7}))
+    with pytest.raises(ConfigError, match=r"duration 10s .* is a time, and max_steps says 7"):
+        _train(Path(path), "x")
 
 
 def test_the_ends_of_stages_count_in_the_disk_that_a_run_needs(tmp_path: Path) -> None:
@@ -314,6 +345,41 @@ def _events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def _losses(run: Path) -> list[float]:
     return [event["loss"] for event in _events(run, "step")]
+
+
+@pytest.mark.parametrize("end", ["clock", "patience", "patience in the first"])
+def test_a_run_that_ends_early_names_the_checkpoint_of_its_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Retention keeps it, and a run that is made longer moves the name to where the stage then ends."""
+    import zerofit.training.loop as loop
+
+    _corpus(tmp_path / "a")
+    stages = [{"until": 30 if end.endswith("first") else 4, "name": "warm"}, {"name": "rest", "learning_rate": 1e-3}]
+    path = _yaml(tmp_path, {"path": str(tmp_path / "a")}, stages=stages, schedule={"kind": "constant"},
+                 keep_checkpoints=1, save_interval=3, eval_batches=1, runs_dir=str(tmp_path / "runs"))  # fmt: skip
+    if end == "clock":
+        arguments = ["--duration", "1h", "--eval-interval", "never"]
+        ticks = iter(range(10**6))
+        monkeypatch.setattr(loop.time, "perf_counter", lambda: 100.0 * next(ticks))
+    else:
+        arguments = ["--max-steps", "60", "--eval-interval", "2", "--early-stopping.patience", "2"]
+        arguments += ["--early-stopping.min-delta", "10"]
+    run = _train(path, "e", *arguments)
+    ending = _events(run, "ending")[-1]["step"]
+    assert 4 < ending < 30
+    names = {name: (run / "checkpoints" / name).read_text().strip() for name in ("final", "latest")}
+    stage = "warm" if end.endswith("first") else "rest"
+    assert {*names.values(), (run / "checkpoints" / stage).read_text().strip()} == {f"step-{ending:08d}"}
+    kept = {folder.name for folder in (run / "checkpoints").glob("step-*")}
+    assert kept == {f"step-{ending:08d}"} | ({"step-00000004"} if stage == "rest" else set())
+    assert (run / "checkpoints" / "rest").exists() is (stage == "rest")
+    if stage == "warm":
+        longer = [*arguments[:2], "--eval-interval", "never", "--early-stopping.patience", "null", "--resume"]
+        longer[1] = "35"
+        _train(path, "e", *longer)
+        assert (run / "checkpoints" / "warm").read_text().strip() == "step-00000030"
+        assert (run / "checkpoints" / "rest").read_text().strip() == "step-00000035"
 
 
 def test_a_run_with_a_mixture_and_stages_resumes_inside_a_stage(

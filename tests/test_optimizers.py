@@ -26,6 +26,7 @@ from test_conformance import (
 )
 from zerofit.config.models import GPT2Config
 from zerofit.config.optimizers import OPTIMIZER_DEFAULTS
+from zerofit.engines import decoding
 from zerofit.engines.flat_optimizer import FlatOptimizer
 from zerofit.engines.updates import orthogonalized
 from zerofit.kernels.optimizer_step import BLOCK, Figures, Moment, Rule, philox, round_stochastically, step
@@ -256,6 +257,33 @@ def test_requantising_a_decoded_block_gives_the_same_codes(signed: bool) -> None
     assert torch.equal(moment.read(300, 700), decoded[300:700])
     largest = values[BLOCK : 2 * BLOCK].abs().max()
     assert decoded[BLOCK : 2 * BLOCK].abs().max() in (largest, 0.0)
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16", "8bit"])
+def test_states_are_shown_in_pieces(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every interval once, in order, none longer than a piece where it is a copy; an fp32 state is a view, whole."""
+    monkeypatch.setattr(decoding, "DECODED_ELEMENTS", 1000)
+    moment = Moment(5000, state, True, CPU)
+    moment.write(0, torch.randn(5000))
+    whole = moment.read(0, 5000)
+    intervals = [("a", 3, 10), ("b", 10, 2900), ("c", 3000, 3001), ("d", 4096, 5000)]
+    found = list(decoding.in_fp32(moment, intervals))
+    together: dict[str, list[torch.Tensor]] = {}
+    starts = {owner: start for owner, start, _ in intervals}
+    for owner, offset, values in found:
+        start = starts[owner] + offset
+        assert torch.equal(values, whole[start : start + values.numel()])
+        assert sum(part.numel() for part in together.setdefault(owner, [])) == offset
+        together[owner].append(values)
+    assert {owner: sum(p.numel() for p in parts) for owner, parts in together.items()} == {
+        owner: stop - start for owner, start, stop in intervals
+    }
+    if state == "fp32":
+        assert len(found) == 4
+        assert all(values.untyped_storage().data_ptr() == moment.values.data_ptr() for _, _, values in found)
+    else:
+        assert max(values.numel() for _, _, values in found) <= 1000
+        assert len({values.untyped_storage().data_ptr() for _, _, values in found}) == 4
 
 
 def test_stochastic_rounding_keeps_the_expectation() -> None:

@@ -17,8 +17,11 @@ import torch
 from foreign_writers import save_nanogpt
 from test_checkpoint import flip
 from test_end_to_end import CONFIG, last, losses, train, zerofit
+from zerofit.checkpoint.source import open_source
+from zerofit.config.image_models import ResNetConfig
 from zerofit.config.keys import keys
 from zerofit.config.models import GPT2Config
+from zerofit.errors import CheckpointError
 from zerofit.training.events import read_events
 from zerofit.training.resume import MAY_CHANGE, may_change
 
@@ -150,6 +153,37 @@ def test_a_new_run_from_nanogpt(work: Path) -> None:
     hostile = train(work, "m", "--load-checkpoint", "hostile.pt", code=2)
     assert "system" in hostile.stderr
     assert not (work / "runs" / "m").exists()
+
+
+MAMBA = "model: {kind: mamba, n_layers: 1, d_model: 16, max_seq_length: 16}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--load-checkpoint", "runs/a"),
+        ("--load-checkpoint", "runs/a", "--weights-only"),
+        ("--load-checkpoint", "ckpt.pt"),
+        ("--resume", "--name", "a"),
+        ("--resume", "runs/a/checkpoints/step-00000008"),
+    ],
+    ids=" ".join,
+)
+def test_another_kind_of_model_is_refused_before_anything_is_prepared(work: Path, arguments: tuple[str, ...]) -> None:
+    save_nanogpt(work / "ckpt.pt", GPT2Config(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=28))
+    (work / "m.yaml").write_text(f"{MAMBA}\ndata: {{path: fresh, prepare: [play.txt]}}\nmax_steps: 2")
+    done = zerofit(work, "train", "m.yaml", *arguments, code=2)
+    assert "holds a model of kind gpt2, and model.kind is mamba (m.yaml:1)" in done.stderr
+    assert done.stdout == ""
+    assert not (work / "fresh").exists()
+    assert [path.name for path in (work / "runs").iterdir()] == ["a"]
+
+
+def test_another_programs_weights_for_a_classifier_are_refused_in_words(work: Path) -> None:
+    torch.save({"fc.weight": torch.ones(2, 3)}, work / "odd.pt")
+    model = ResNetConfig(kind="resnet", layers=18, num_classes=2)
+    with pytest.raises(CheckpointError, match=r"model\.weights_from"):
+        open_source(work / "odd.pt", model)
 
 
 def test_going_back_behind_a_tag_is_refused(work: Path) -> None:

@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from zerofit.checkpoint.saver import Outcome
+from zerofit.checkpoint.saver import Outcome, Request
 from zerofit.config.models import GPT2Config
 from zerofit.config.schema import Config, DataConfig, LossScaleConfig, OptimizerConfig, ScheduleConfig
 from zerofit.engines.loss_scale import LossScaler
+from zerofit.errors import Interrupted
 from zerofit.planning.plan import Plan
 from zerofit.tasks.language_modeling import TASK
 from zerofit.tasks.sampling import generate
 from zerofit.training import checkpoints
 from zerofit.training.events import EventLog, read_events
+from zerofit.training.loop import Trainer
 from zerofit.training.progress import SilentDisplay
 from zerofit.training.schedule import learning_rate
 from zerofit.training.state import Progress
-from zerofit.types import SAVE, Batch, Pending, World
+from zerofit.types import SAVE, STOP, Batch, Pending, StepResult, World
 
 
 def _config(**schedule: object) -> Config:
@@ -130,16 +132,53 @@ def test_a_full_disk_pauses_saving_and_is_told_once(rank: int, tmp_path: Path, m
     own = checkpoints.Checkpoints(disk, engine, config, plan, world, TASK, {}, probe, log, SilentDisplay())  # type: ignore[arg-type]
     assert own.wishes() == 0
     for step in (1, 2):
-        assert not own.save(Progress(step=step), best=False)
+        assert not own.save(Progress(step=step))
     assert own.wishes() == 0  # still no room
     disk.free = True
     assert own.wishes() == (SAVE if rank == 0 else 0)
-    assert own.save(Progress(step=3), best=False)
+    assert own.save(Progress(step=3))
     own.tell()
     assert own.wishes() == 0
     log.close()
     events = read_events(tmp_path / "events.jsonl")
     assert [(event["kind"], event["step"]) for event in events] == [("warning", 1), ("checkpoint", 3)]
+
+
+def test_an_interrupted_run_saves_the_best_evaluation_as_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request to stop comes in the step whose evaluation is the best so far; neither a save nor an improvement
+    would save then. Another one comes where the evaluation got worse."""
+    monkeypatch.setattr(checkpoints, "probe_loss", lambda engine, probe: Pending(lambda: 1.0))
+    monkeypatch.setattr("zerofit.training.loop._peaks", lambda world: {})
+    config = _config().model_copy(
+        update={"save_interval": 100, "eval_interval": 2, "save_on_improvement": False, "max_steps": 50}
+    )
+    plan = Plan(model=config.model, parameters=1, strategy="single", device="cpu", world_size=1, micro_batch=1,
+                accumulation_steps=1, precision="fp32")  # fmt: skip
+    losses = {2: 3.0, 4: 2.0, 6: 2.5}
+    for stopped, names in ((4, ("latest", "best")), (6, ("latest",)), (5, ("latest",))):
+        requests: list[Request] = []
+        disk, log = FullDisk(), EventLog(tmp_path / "events.jsonl", enabled=True)
+        disk.free = True
+        monkeypatch.setattr(disk, "begin", lambda request, *_, requests=requests: requests.append(request) or True)
+        engine: Any = SimpleNamespace(scalars=dict, fragments=list, hold_updates=None)
+        world = World(0, 1, 0, torch.device("cpu"))
+        own = checkpoints.Checkpoints(disk, engine, config, plan, world, TASK, {}, Batch({}, 1), log, SilentDisplay())  # type: ignore[arg-type]
+        progress, stop = Progress(), SimpleNamespace(wishes=0)
+
+        def train_step(window: Any, lr: float, step: int, wishes: int, stop: Any = stop, at: int = stopped) -> Any:
+            stop.wishes = STOP if step + 2 == at else 0  # seen at the start of the step after
+            return Pending(lambda: StepResult(1.0, 1.0, 4, wishes, False, 1.0))
+
+        engine.train_step = train_step
+        loader: Any = SimpleNamespace(window=lambda step: [], epoch_of_step=lambda step: 0)
+        evaluator: Any = SimpleNamespace(evaluate=lambda engine, p=progress: {"val_loss": losses[p.step]})
+        spec: Any = SimpleNamespace(flops_per_item=lambda model: 1)
+        trainer = Trainer(config, plan, spec, TASK, engine, loader, evaluator, world, own, SilentDisplay(), log,
+                          stop, progress)  # type: ignore[arg-type]  # fmt: skip
+        with pytest.raises(Interrupted, match=f"Stopped at step {stopped}"):
+            trainer.train()
+        log.close()
+        assert [(request.step, request.pointers) for request in requests] == [(stopped, names)]
 
 
 def _counting(tokens: torch.Tensor) -> torch.Tensor:

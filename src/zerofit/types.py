@@ -49,6 +49,8 @@ class Fragment:
         start: first element of the interval, counted in the flattened logical tensor.
         data: 1-D; parameters (the fp32 master where there is one) and moments as fp32. May be a view of the
             engine's own memory and may lie on the GPU: copy before the next step.
+        temporary: `data` was made for this fragment and nobody else keeps it: copy it before asking for the next
+            fragments, so that few such copies exist at a time.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Fragment:
     shape: tuple[int, ...]
     start: int
     data: Tensor
+    temporary: bool = False
 
 
 #: ``(name, role, start, stop) -> 1-D CPU tensor`` of ``stop - start`` elements, or None when the source does not

@@ -3,6 +3,10 @@
 A block is a fixed piece of page-locked memory (torch rounds larger ones up to a power of two). Fragments are copied
 into it one behind the other and cut where it ends; adjacent fragments of one flat tensor travel as one copy. On a GPU
 the copies run on a stream of their own while training goes on; on the CPU the writer's thread makes them.
+
+Low-bit states come decoded, in temporary fragments. These are copied as soon as the next ones arrive, and let go. On a
+GPU they are also decoded on the stream of the copies (`BlockPool.fill`), where the allocator gives their memory to the
+next ones in the order of the stream, so that nobody waits and the memory in flight is bounded: `engines.decoding`.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import struct
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +42,7 @@ class _Run:
     first: Tensor
     offset: int
     length: int
+    temporary: bool
 
     def is_followed_by(self, other: Tensor) -> bool:
         """Whether `other`, whose address fits, lies in the same storage."""
@@ -49,11 +55,13 @@ class Block:
 
     Attributes:
         buffer: 1-D fp32, page-locked where a GPU copies into it.
+        stream: the GPU's stream for the copies; None on the CPU.
         entries: what lies in it, without gaps.
         used: elements.
     """
 
     buffer: Tensor
+    stream: torch.cuda.Stream | None
     entries: list[Entry] = field(default_factory=list)
     used: int = 0
     _runs: list[_Run] = field(default_factory=list)
@@ -77,21 +85,17 @@ class Block:
         if self._runs and start == self._end and self._runs[-1].is_followed_by(source):
             self._runs[-1].length += length
         else:
-            self._runs.append(_Run(source, self.used, length))
+            self._let_go()
+            self._runs.append(_Run(source, self.used, length, fragment.temporary))
         self._end = start + 4 * length
         self.used += length
 
-    def start(self, stream: torch.cuda.Stream | None) -> None:
-        """Let the GPU begin to copy, on `stream`; on the CPU `complete` copies."""
-        if stream is None:
-            return
-        # A low-bit state comes as a copy that was decoded a moment ago and that nobody else keeps.
-        stream.wait_stream(torch.cuda.current_stream())
-        for run in self._runs:
-            run.first.record_stream(stream)
-        with torch.cuda.stream(stream):
+    def start(self) -> None:
+        """Let the GPU begin to copy what it has not yet; on the CPU `complete` copies."""
+        self._let_go()
+        if self.stream is not None:
             self._copy()
-        self._copied = stream.record_event()
+            self._copied = self.stream.record_event()
 
     def complete(self) -> None:
         """Return when all of it is in host memory."""
@@ -101,11 +105,22 @@ class Block:
             self._copied.synchronize()
             self._copied = None
 
+    def _let_go(self) -> None:
+        """Copy the last run now where it is temporary."""
+        if self._runs and self._runs[-1].temporary:
+            self._copy_run(self._runs.pop())
+
     def _copy(self) -> None:
         for run in self._runs:
-            source = run.first.detach().as_strided((run.length,), (1,))
-            self.buffer[run.offset : run.offset + run.length].copy_(source, non_blocking=True)
+            self._copy_run(run)
         self._runs.clear()
+
+    def _copy_run(self, run: _Run) -> None:
+        source = run.first.detach().as_strided((run.length,), (1,))
+        if self.stream is not None and source.is_cuda:  # states may be offloaded
+            source.record_stream(self.stream)
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            self.buffer[run.offset : run.offset + run.length].copy_(source, non_blocking=True)
 
 
 class BlockPool:
@@ -119,24 +134,24 @@ class BlockPool:
         """Blocks with the fragments, as soon as each is full.
 
         Args:
-            fragments: 1-D fp32.
+            fragments: 1-D fp32. Read inside ``torch.cuda.stream(stream)``, which has waited for the training's stream.
             stream: the GPU's stream for the copies; None on the CPU.
             reuse: every block lies in the same buffer: the caller is done with one before it asks for the next.
         """
-        block = Block(self._buffer(0))
+        block = Block(self._buffer(0), stream)
         count = 1
         for fragment in fragments:
             first, length = 0, fragment.data.numel()
             while first < length:
                 if not block.room:
-                    block.start(stream)
+                    block.start()
                     yield block
-                    block = Block(self._buffer(0 if reuse else count))
+                    block = Block(self._buffer(0 if reuse else count), stream)
                     count += 1
                 taken = min(length - first, block.room)
                 block.add(fragment, first, taken)
                 first += taken
-        block.start(stream)
+        block.start()
         yield block
 
     def _buffer(self, index: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.image_models import ImageModelShape
+from ..config.image_models import ImageModelShape, TimmConfig
 from ..data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ..errors import CheckpointError, MissingDependency, RequestError
 from .export import Exported
@@ -73,13 +73,13 @@ def export_classifier(
         size,
         model.parameter_count(),
         saved.step,
-        (*notes, _two_lines(out, to)),
+        (*notes, _two_lines(out, to, model)),
     )
 
 
 def _facts(saved: Source, model: ImageModelShape) -> dict[str, Any]:
     return {
-        "model": model.model_dump(mode="json", exclude={"weights_from", "pretrained"}),
+        "model": model.model_dump(mode="json", exclude={"weights_from", "pretrained", "freeze_epochs", "architecture"}),
         "step": saved.step,
         "mean": IMAGENET_MEAN,
         "std": IMAGENET_STD,
@@ -91,11 +91,14 @@ def _either(names: list[str]) -> str:
     return "as " + " or ".join(names)
 
 
-def _two_lines(out: Path, to: str) -> str:
+def _two_lines(out: Path, to: str, model: ImageModelShape) -> str:
     if to == "onnx":
         return f"In Python: onnxruntime.InferenceSession({str(out)!r}).run(None, {{'images': pictures}})."
     load = f"torch.load({str(out)!r})" if to == "pt" else f"safetensors.torch.load_file({str(out)!r})"
-    return f"In PyTorch: model = torchvision.models.NAME(num_classes=K); model.load_state_dict({load})."
+    made = f"torchvision.models.resnet{getattr(model, 'layers', 18)}(num_classes={model.classes})"
+    if isinstance(model, TimmConfig):
+        made = f"timm.create_model({model.name!r}, num_classes={model.classes})"
+    return f"In PyTorch: model = {made}; model.load_state_dict({load})."
 
 
 def weights(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

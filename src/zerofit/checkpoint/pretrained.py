@@ -5,6 +5,7 @@ What the source does not hold in the model's shape starts afresh: a head of anot
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.image_models import ImageModelShape
+from ..config.image_models import ImageModelShape, TimmConfig
 from ..errors import CheckpointError, ConfigError
 from ..models.base import ModelSpec
 from ..types import Reader
@@ -28,8 +29,6 @@ PUBLISHED = {
     34: "https://download.pytorch.org/models/resnet34-b627a593.pth",
     50: "https://download.pytorch.org/models/resnet50-0676ba61.pth",
 }
-#: The head's parameters, for which another shape is no error.
-HEADS = ("fc.weight", "fc.bias", "head.weight", "head.bias", "classifier.weight", "classifier.bias")
 #: Keys under which training scripts hold the state dict.
 NESTED = ("state_dict", "model", "model_state_dict", "module")
 
@@ -60,7 +59,16 @@ def starting_reader(spec: ModelSpec[Any], model: ImageModelShape, seed: int) -> 
     return read
 
 
+def published_by(model: ImageModelShape) -> str:
+    """Whose published weights ``pretrained`` means."""
+    return "timm" if isinstance(model, TimmConfig) else "torchvision"
+
+
 def _published(model: ImageModelShape) -> Mapping[str, Tensor]:
+    if isinstance(model, TimmConfig):
+        from ..models.timm_models import published_weights
+
+        return published_weights(model)
     layers = getattr(model, "layers", None)
     if layers not in PUBLISHED or getattr(model, "base_width", 64) != 64:
         raise ConfigError(
@@ -68,16 +76,35 @@ def _published(model: ImageModelShape) -> Mapping[str, Tensor]:
             f"{getattr(model, 'base_width', None)}: published weights are known for ResNets of 18, 34 and 50 layers "
             f"and base_width 64. Choose one of those, or name a file with model.weights_from."
         )
-    try:
-        found: Mapping[str, Tensor] = torch.hub.load_state_dict_from_url(
-            PUBLISHED[layers], map_location="cpu", check_hash=True, progress=False, weights_only=True
+    return _state_dict(_fetched(PUBLISHED[layers]), "model.pretrained")
+
+
+def _fetched(url: str) -> Path:
+    """The file, in the folder where torch.hub keeps such files; checked by the hash in its name.
+
+    Raises:
+        ConfigError: it cannot be fetched.
+        CheckpointError: what lies there, or what was fetched, is something else.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    wanted = path.stem.rpartition("-")[2]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+        except (OSError, RuntimeError) as error:
+            raise ConfigError(
+                f"model.pretrained true: {url} could not be fetched ({error}). Fetch it where there is a network, and "
+                f"name the file with --model.weights_from."
+            ) from error
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(wanted):
+        raise CheckpointError(
+            f"model.pretrained true: {path} should be {url}, whose SHA-256 begins with {wanted}, and its begins with "
+            f"{found[: len(wanted)]}: it is damaged or something else. Remove it, and it is fetched again."
         )
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"model.pretrained true: {PUBLISHED[layers]} could not be fetched ({error}). Fetch it where there is a "
-            f"network, and name the file with --model.weights_from."
-        ) from error
-    return found
+    return path
 
 
 def _from_path(path: Path) -> Mapping[str, Tensor]:
@@ -97,7 +124,7 @@ def _from_path(path: Path) -> Mapping[str, Tensor]:
     return _state_dict(path)
 
 
-def _state_dict(path: Path) -> Mapping[str, Tensor]:
+def _state_dict(path: Path, key: str = "model.weights_from") -> Mapping[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -106,7 +133,7 @@ def _state_dict(path: Path) -> Mapping[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load, pickle and zip raise errors of many kinds
         raise CheckpointError(
-            f"model.weights_from {path} cannot be read ({type(error).__name__}: {str(error)[:200]}). It takes a state "
+            f"{key} {path} cannot be read ({type(error).__name__}: {str(error)[:200]}). It takes a state "
             f"dict that torch.save wrote (tensors alone: no code is run), or safetensors."
         ) from error
     nested = next(
@@ -114,7 +141,7 @@ def _state_dict(path: Path) -> Mapping[str, Tensor]:
     )
     found = nested or content
     if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError(f"model.weights_from {path} holds no tensors under names. Save model.state_dict().")
+        raise CheckpointError(f"{key} {path} holds no tensors under names. Save model.state_dict().")
     return {strip_wrappers(str(name)): value for name, value in found.items() if isinstance(value, Tensor)}
 
 
@@ -130,10 +157,10 @@ def _checked(found: Mapping[str, Tensor], model: ImageModelShape, where: str) ->
         there = tuple(found[name].shape) if name in found else None
         if there == shape:
             taken[name] = found[name]
-        elif name not in HEADS and not name.endswith("num_batches_tracked"):
+        elif name not in model.head_parameters() and not name.endswith("num_batches_tracked"):
             raise CheckpointError(
                 f"{where} is of another model: {name} has the shape {there or 'absent'} there and {shape} in this "
                 f"configuration; only a head may differ. Name the model that it was written from (model.kind, "
-                f"model.layers)."
+                f"model.layers, model.name)."
             )
     return taken

@@ -16,9 +16,9 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,15 +132,25 @@ class Saver:
             return False
         self._attempts += 1
         save = self._under_way = _Save(self, request, self._attempts)
-        if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream())
+        with self._on_stream():
+            if self.asynchronous:
+                save.start(list(self._memory.fill(fragments, self.stream, reuse=False)))
+            else:
+                save.write(self._memory.fill(fragments, self.stream, reuse=True))
+                save.start([])
         if self.asynchronous:
-            save.start(list(self._memory.fill(fragments, self.stream, reuse=False)))
             hold_updates(save.wait_until_copied)
-        else:
-            save.write(self._memory.fill(fragments, self.stream, reuse=True))
-            save.start([])
         return True
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Inside, what is asked of the GPU runs on the stream of the copies, after what training asked for before."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
 
     def finish(self) -> bool:
         """Wait until the save under way, if any, is durable, or has failed on any rank. Collective.

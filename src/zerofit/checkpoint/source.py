@@ -105,9 +105,10 @@ class Averaged:
         return self.saved.shapes()
 
     def read(self, name: str, role: str, start: int, stop: int) -> Tensor | None:
-        """A `types.Reader`. Buffers have no average: they are those of the weights that were trained."""
+        """A `types.Reader`. Counters have no average, nor have statistics that an older version saved."""
         if role == "buffer":
-            return self.saved.read(name, role, start, stop)
+            average = self.saved.read(name, "ema", start, stop)
+            return self.saved.read(name, role, start, stop) if average is None else average
         return self.saved.read(name, "ema", start, stop) if role == "parameter" else None
 
 

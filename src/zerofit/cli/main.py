@@ -14,7 +14,8 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from .. import __version__
-from ..errors import ZerofitError
+from ..errors import RequestError, ZerofitError
+from .usage import CommandLineError, in_words, is_help
 
 
 @dataclass(frozen=True)
@@ -135,16 +136,46 @@ def zerofit(
 
 
 def main() -> None:
-    """Entry point. An error that zerofit raises on purpose is one paragraph and its exit code, no traceback."""
+    """Entry point. An error that zerofit raises on purpose is one paragraph and its exit code, no traceback; so is what
+    typer says about a command line."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        get_command(app).main(arguments, prog_name="zerofit")
+        sys.exit(_run(arguments))
     except ZerofitError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
         else:
             print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Call the verb; returns the exit code.
+
+    Raises:
+        RequestError: typer does not take these arguments.
+    """
+    try:
+        result = get_command(app).main(arguments, prog_name="zerofit", standalone_mode=False)
+    except CommandLineError as error:
+        if is_help(error):
+            print(error, file=sys.stderr)
+            return RequestError.exit_code
+        raise RequestError(in_words(error, _called(arguments), arguments)) from error
+    except typer.Abort:
+        print("Aborted.", file=sys.stderr)
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _called(arguments: list[str]) -> str:
+    """The verb, with its own where it has some, as it was typed."""
+    words = ["zerofit"]
+    if arguments and arguments[0] in VERBS:
+        words.append(arguments[0])
+        if arguments[1:] and arguments[1] in getattr(load_verb(arguments[0]), "commands", ()):
+            words.append(arguments[1])
+    return " ".join(words)
 
 
 if __name__ == "__main__":

@@ -91,17 +91,21 @@ NO_DATA = (("data.path", "data"),)
 
 def with_steps(config: Config, choice: Choice) -> Config:
     """The configuration with the steps that its duration comes to under the chosen batch; of epochs of data that is
-    not there nobody knows how many (`ENDLESS_STEPS`)."""
+    not there nobody knows how many (`ENDLESS_STEPS`).
+
+    Raises:
+        ConfigError: the stages do not fit them.
+    """
     from ..config.durations import ENDLESS_STEPS
-    from ..training.start import steps_of
+    from ..training.start import steps_of, with_length
 
     if config.duration is None or choice.chosen is None:
         return config
     try:
         steps = steps_of(config, choice.chosen.plan)
     except DataError:
-        steps = ENDLESS_STEPS
-    return config.model_copy(update={"max_steps": steps})
+        return config.model_copy(update={"max_steps": ENDLESS_STEPS})
+    return with_length(config, max_steps=steps)
 
 
 def with_vocabulary(resolved: ResolvedConfig) -> Config:

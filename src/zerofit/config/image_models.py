@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,10 @@ class ImageModelShape(ModelShape):
     names, or a run of zerofit. A head of another number of classes starts afresh."""
     pretrained: bool = False
     """Start from published ImageNet weights, fetched by name (needs the network once); else as ``weights_from``."""
+
+    freeze_epochs: Annotated[int, Field(ge=0)] = 0
+    """Train the head alone for so many epochs, then the whole network; 0: the whole network from the start. Wants
+    weights to start from. The backbone runs as in evaluation meanwhile: its batch norms' statistics stay."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -137,6 +141,9 @@ class ResNetConfig(ImageModelShape):
         """Itself: the blocks differ, so that none stands for another."""
         return self
 
+    def head_parameters(self) -> frozenset[str]:
+        return frozenset({"fc.weight", "fc.bias"})
+
     @property
     def features(self) -> int:
         """Channels before the head."""
@@ -192,6 +199,74 @@ class ResNetConfig(ImageModelShape):
             largest = max(largest, own if recomputed else 0)
             boundary = [conv.output_elements for conv in convolutions if conv.block == number][-1]
         return kept + largest
+
+
+class TimmConfig(ImageModelShape):
+    """Any image classifier that timm knows, by its name; timm must be installed (``zerofit[timm]``)."""
+
+    blocks_alike: ClassVar[bool] = False
+
+    kind: Literal["timm"] = "timm"
+    name: str
+    """As ``timm.list_models()`` has it: ``resnet18``, ``convnext_tiny``, ``vit_small_patch16_224``."""
+    drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the head."""
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Stochastic depth (Huang et al. 2016), where the model has it."""
+    channels_last: bool = True
+    """Keep activations in the layout that tensor cores want (NHWC); the results are the same up to rounding."""
+    sync_batchnorm: bool = False
+    """Batch statistics over all ranks' micro-batches instead of each rank's own."""
+    architecture: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """What timm builds: ``parameters`` and ``buffers`` (name -> shape), names of ``blocks``, of the ``head``'s
+    parameters and of those with ``no_decay``; ``forward_flops``, ``saved_elements``, ``boundary_elements`` and
+    ``largest_block_elements`` of one picture. Read from timm when a plan is made."""
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.num_classes, self.input_size, self.drop_rate, self.drop_path_rate))
+
+    def _told(self, what: str) -> Any:
+        if not self.architecture:
+            raise ValueError(f"{self.name}: the model's parameters are not known yet")
+        return self.architecture[what]
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """Of the blocks, in the order in which they are called."""
+        return tuple(self._told("blocks"))
+
+    @property
+    def depth(self) -> int:
+        return len(self.block_names)
+
+    def with_depth(self, depth: int) -> Self:
+        """Itself: the blocks differ, so that none stands for another."""
+        return self
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(shape) for name, shape in self._told("parameters").items()}
+
+    def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(shape) for name, shape in self._told("buffers").items()}
+
+    def head_parameters(self) -> frozenset[str]:
+        return frozenset(self._told("head"))
+
+    def decaying(self) -> frozenset[str]:
+        """Not what timm's author left out (positions, class tokens)."""
+        return super().decaying() - frozenset(self._told("no_decay"))
+
+    def flops_per_item(self) -> int:
+        """Three times what one picture's forward pass counts in matrix products and convolutions."""
+        return 3 * int(self._told("forward_flops"))
+
+    def saved_elements_per_sample(self, every: int) -> int:
+        """What every module returns; of recomputed blocks their output, and one block at a time."""
+        everything, boundaries = int(self._told("saved_elements")), int(self._told("boundary_elements"))
+        if not every:
+            return everything
+        largest = int(self._told("largest_block_elements"))
+        return everything - (everything - boundaries) // every + largest
 
 
 @dataclass(frozen=True)

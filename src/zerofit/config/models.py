@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from .image_models import ResNetConfig as ResNetConfig
+from .image_models import TimmConfig as TimmConfig
 from .shapes import ModelShape as ModelShape
 from .shapes import Recomputation as Recomputation
 from .shapes import Section as Section
@@ -322,6 +323,7 @@ ModelConfig = Annotated[
     Annotated[GPT2Config, Tag("gpt2")]
     | Annotated[MambaConfig, Tag("mamba")]
     | Annotated[HuggingFaceConfig, Tag("huggingface")]
-    | Annotated[ResNetConfig, Tag("resnet")],
+    | Annotated[ResNetConfig, Tag("resnet")]
+    | Annotated[TimmConfig, Tag("timm")],
     Discriminator(_kind),
 ]

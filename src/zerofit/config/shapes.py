@@ -44,6 +44,10 @@ class ModelShape(Section):
         """Names of the parameters that weight decay applies to: matrices, not norms and biases."""
         return frozenset(name for name, shape in self.parameter_shapes().items() if len(shape) >= 2)
 
+    def head_parameters(self) -> frozenset[str]:
+        """Names of the parameters that are trained while the rest is frozen; empty where nothing can be frozen."""
+        return frozenset()
+
     def flops_per_item(self) -> int:
         """Of forward and backward for one trained item (a token, a picture); a multiplication and its addition count
         as two."""

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from .durations import ENDLESS_STEPS
+
 if TYPE_CHECKING:
     from .schema import Config, DataConfig, ScheduleConfig
 
@@ -59,8 +61,15 @@ def span_at(config: Config, step: int) -> Span:
     return next((span for span in found if step < span.stop), found[-1])
 
 
-def stage_ending_at(config: Config, done: int) -> str | None:
-    """Name of the stage that ends after `done` steps; None when none does."""
+def stage_ending_at(config: Config, done: int, last_step: int | None = None) -> str | None:
+    """Name of the stage that ends after `done` steps; None when none does.
+
+    Args:
+        last_step: where the run ends, and with it the stage that is in force then: the clock and early stopping may end
+            it before ``max_steps``, in any stage.
+    """
+    if done and done == last_step:
+        return span_at(config, done - 1).name or None
     return next((span.name for span in spans(config) if span.name and span.stop == done), None)
 
 
@@ -109,6 +118,8 @@ def check_last_stage(config: Config) -> None:
     """
     end, before = config.max_steps, 0
     words = f"max_steps is {end}" if config.duration is None else f"the duration {config.duration} comes to {end} steps"
+    if end >= ENDLESS_STEPS:
+        words = f"after the duration {config.duration} nobody knows beforehand which step is the last"
     for number, stage in enumerate(config.stages, start=1):
         is_last, until = number == len(config.stages), stage.until or end
         if until > end or (is_last and until < end):
@@ -133,10 +144,16 @@ def describe_stages(config: Config) -> Iterator[str]:
     """A line for each stage, for the plan."""
     for span in spans(config) if config.stages else ():
         own = " of its own" if span.schedule is not config.schedule else ""
+        end = f"to {span.stop:,}" if has_last_step(span) else "on, to the end of the run"
         yield (
-            f"Stage {span.name}: steps {span.start + 1:,} to {span.stop:,}, {describe_data(span.data)}, peak learning "
-            f"rate {span.learning_rate:g}, schedule {span.schedule.kind}{own}."
+            f"Stage {span.name}: step{'s' * has_last_step(span)} {span.start + 1:,} {end}, {describe_data(span.data)}, "
+            f"peak learning rate {span.learning_rate:g}, schedule {span.schedule.kind}{own}."
         )
+
+
+def has_last_step(span: Span) -> bool:
+    """False for the last stage of a run that only the clock ends."""
+    return span.stop < ENDLESS_STEPS
 
 
 def describe_data(data: DataConfig) -> str:

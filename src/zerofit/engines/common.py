@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..models.base import ModelSpec
+from ..models.freezing import freeze
 from ..models.offload import InputOffload
 from ..planning.plan import Plan
 from ..types import WISHES, Batch, LossSum, Pending, PendingStep, PendingSums, StepResult, World
@@ -48,6 +49,8 @@ def build_model(plan: Plan, spec: ModelSpec[Any], device: torch.device) -> nn.Mo
         model = spec.build(
             plan.model, checkpoint_every=plan.activation_checkpointing_every, recomputation=plan.recomputation
         )
+        if plan.frozen:
+            freeze(model, plan.trained_shapes())
         if plan.activation_offload == "cpu" and plan.device == "cuda":
             keep_inputs_on_host(spec, model)
         return model

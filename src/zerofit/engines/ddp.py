@@ -6,6 +6,7 @@ rank (`flat_optimizer`). ``gradient_dtype: fp32`` accumulates and reduces in fp3
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
@@ -24,11 +25,15 @@ from . import common
 from .buffers import Buffers
 from .cuda_graphs import RecordedPasses
 from .flat_optimizer import FlatOptimizer
+from .frozen import Frozen
 from .loss_scale import LossScaler
 
 
 class DDPEngine:
-    """See `engines.base.Engine`. With a world of one it is the strategy ``single``: no process group is used."""
+    """See `engines.base.Engine`. With a world of one it is the strategy ``single``: no process group is used.
+
+    A plan's frozen phase runs here under every strategy (`Plan.frozen_phase`).
+    """
 
     def __init__(self, plan: Plan, spec: ModelSpec[Any], world: World) -> None:
         self.plan, self.world = plan, world
@@ -49,9 +54,10 @@ class DDPEngine:
                 device_ids=device_ids,
                 gradient_as_bucket_view=True,
                 init_sync=False,
-                broadcast_buffers=False,  # see `buffers`
+                **each_rank_its_own_buffers(DistributedDataParallel),
             )
-        self.buffers = Buffers(self.model, world)
+        self.frozen = Frozen(plan, self.model, world)
+        self.buffers = Buffers(self.model, world, plan.optimizer.ema_decay, self.frozen.tensors)
         self.recorded = RecordedPasses(self._passes, self.parameters) if plan.cuda_graphs else None
         self.scaler = LossScaler(plan.loss_scale, plan.precision == "fp16", world.device)
 
@@ -68,7 +74,7 @@ class DDPEngine:
                     self._passes(inputs, scaled) if self.recorded is None else self.recorded(inputs, scaled, index)
                 )
         grad_norm, skipped, scale = self._apply(lr)
-        self.buffers.settle(skipped)
+        self.buffers.settle(skipped, self.optimizer.steps)
         return common.close_step(agreed, loss_sum, grad_norm, skipped, scale, self.world)
 
     def _passes(self, inputs: dict[str, Tensor], factor: Tensor) -> Tensor:
@@ -125,7 +131,8 @@ class DDPEngine:
         return common.predict(self.model, batch, self.inputs)
 
     def fragments(self) -> Iterator[Fragment]:
-        return chain(self.buffers.fragments(), self.optimizer.fragments(self.world.rank, self.world.world_size))
+        own = self.optimizer.fragments(self.world.rank, self.world.world_size)
+        return chain(self.buffers.fragments(), self.frozen.fragments(), own)
 
     def hold_updates(self, wait: Callable[[], None]) -> None:
         self.held.hold(wait)
@@ -140,6 +147,7 @@ class DDPEngine:
             self.optimizer.load(read, scalars.get("optimizer_steps", 0.0))
         except KeyError as missing:
             raise TrainingFailed(f"parameter {missing} was asked for and its source does not hold it") from None
+        self.frozen.load(read)
         self.buffers.load(read)
         self.scaler.load(scalars)
 
@@ -149,6 +157,7 @@ class DDPEngine:
             "parameters": self.optimizer.parameter_bytes or copy,
             **self.optimizer.memory(),
             **self.buffers.memory(),
+            **self.frozen.memory(),
         }
         if self.fp32_gradients is not None:
             items["gradients"] = self.fp32_gradients.nbytes
@@ -160,6 +169,16 @@ class DDPEngine:
 
     def close(self) -> None:
         self.replica, self.recorded = self.model, None
+
+
+def each_rank_its_own_buffers(replica: Callable[..., nn.Module]) -> dict[str, Any]:
+    """DDP's argument that keeps it from copying rank 0's buffers to all before each forward pass (see `buffers`).
+
+    torch 2.13 has renamed it, and warns of the older name. The newer one leaves the copy at the start alone, which
+    ``init_sync=False`` turns off.
+    """
+    names = inspect.signature(replica).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
 
 
 def _bucket_bytes(replica: DistributedDataParallel) -> int:

@@ -57,7 +57,7 @@ class DeepSpeedEngine:
             self.parameters = named_unique_parameters(self.model)
             self.engine = _zero_engine(self.deepspeed, self.model, self._make_optimizer(spec), config)
         self.zero: Any = self.engine.optimizer
-        self.buffers = Buffers(self.model, world)
+        self.buffers = Buffers(self.model, world, plan.optimizer.ema_decay)
         names = {parameter: name for name, parameter in self.parameters.items()}
         roles = (*MEANS[plan.optimizer.kind], *(("ema",) if plan.optimizer.ema_decay is not None else ()))
         self.layout: ReplicatedLayout | ShardedLayout = (
@@ -73,7 +73,7 @@ class DeepSpeedEngine:
 
     def _build_model(self, spec: ModelSpec[Any], config: dict[str, Any]) -> nn.Module:
         """Under ZeRO-3 each module is partitioned as soon as it is made: no rank ever holds the whole model."""
-        if self.plan.strategy != "zero3":
+        if self.plan.strategy != "zero3" or getattr(spec, "partitioned_when_built", False):
             return common.build_model(self.plan, spec, self.world.device)
         with self.deepspeed.zero.Init(config_dict_or_path=config):
             return common.build_model(self.plan, spec, self.world.device)
@@ -119,7 +119,7 @@ class DeepSpeedEngine:
         grad_norm = torch.as_tensor(self.zero._global_grad_norm, dtype=torch.float32)
         self.scaler.update(skipped)
         self._apply_scale()
-        self.buffers.settle(skipped)
+        self.buffers.settle(skipped, torch.as_tensor(self.layout.partitions[0].state["step"], dtype=torch.float32))
         device = self.world.device
         return common.close_step(
             agreed, loss_sum, grad_norm.to(device), skipped.to(device), scale.to(device), self.world

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import TrainingFailed
 from ..kernels.optimizer_step import Moment
 from ..types import Fragment, Reader
+from .decoding import in_fp32, is_coded
 from .flat_optimizer import average_weight
 
 #: Low-bit states are read and written in pieces of at most so many elements.
@@ -70,12 +71,15 @@ class Partition:
         return {"parameter": self.master.detach(), **{role: self.state[role] for role in self.roles}}
 
     def fragments(self) -> Iterator[Fragment]:
-        """Every slot in every role: views of the engine's memory, or copies of what was swapped in or is low-bit."""
+        """Every slot in every role: views of the engine's memory, or copies of what was swapped in, or, a piece at a
+        time, of what is low-bit."""
         with self.opened(write=False):
             for role, flat in self.states().items():
-                for slot in self.slots:
-                    data = _read(flat, slot.offset, slot.offset + slot.length)
-                    yield Fragment(slot.name, role, slot.shape, slot.start, data.clone() if self.swaps else data)
+                temporary = self.swaps or is_coded(flat)
+                intervals = ((slot, slot.offset, slot.offset + slot.length) for slot in self.slots)
+                for slot, offset, data in in_fp32(flat, intervals):
+                    data = data.clone() if self.swaps else data
+                    yield Fragment(slot.name, role, slot.shape, slot.start + offset, data, temporary)
 
     @torch.no_grad()
     def load(self, read: Reader, steps: float, begin: Begin) -> None:
@@ -129,11 +133,6 @@ class Partition:
         """Let the weights' average follow an applied step."""
         steps = torch.as_tensor(self.state["step"], dtype=torch.float32, device=self.master.device)
         self.state["ema"].lerp_(self.master.float(), average_weight(steps, decay))
-
-
-def _read(flat: Tensor | Moment, start: int, stop: int) -> Tensor:
-    """In fp32: a view where it is fp32."""
-    return flat.read(start, stop) if isinstance(flat, Moment) else flat[start:stop].float()
 
 
 class _ShardedPartition(Partition):

@@ -18,6 +18,7 @@ from ..kernels.optimizer_step import BLOCK, Moment
 from ..planning.optimizer_states import state_groups
 from ..planning.plan import OptimizerPlan
 from ..types import Fragment, Reader
+from .decoding import in_fp32
 from .loss_scale import LossScaler
 from .updates import Region, StepInputs, make_means, make_update
 
@@ -211,9 +212,10 @@ class FlatOptimizer:
         for group in self.groups:
             start, stop = (group.elements * r // world_size for r in (rank, rank + 1))
             for role, state in group.states.items():  # so that neighbours in memory follow each other
-                for slot, low, high in group.pieces(start, stop):
-                    data = state.read(slot.start + low, slot.start + high)
-                    yield Fragment(slot.name, role, tuple(slot.parameter.shape), low, data)
+                parts = (((s, low), s.start + low, s.start + high) for s, low, high in group.pieces(start, stop))
+                for (slot, low), offset, data in in_fp32(state, parts):
+                    shape = tuple(slot.parameter.shape)
+                    yield Fragment(slot.name, role, shape, low + offset, data, temporary=state.is_coded)
             for index, role, shape, data in group.update.factors():
                 if index % world_size == rank:
                     yield Fragment(group.slots[index].name, role, shape, 0, data)
@@ -237,7 +239,12 @@ class FlatOptimizer:
     @property
     def applied_steps(self) -> float:
         """Steps that were applied (Adam's t); waits for the device."""
-        return float(self.groups[0].update.steps.item())
+        return float(self.steps.item())
+
+    @property
+    def steps(self) -> Tensor:
+        """The same as a scalar fp32 tensor on the device."""
+        return self.groups[0].update.steps
 
     def memory(self) -> dict[str, int]:
         """Bytes by the plan's items: ``master`` (where it is not the parameters themselves), ``moments``, ``ema``."""

@@ -60,7 +60,7 @@ class FSDPEngine:
         self.shards.give_to_model()
         if plan.mixed and plan.gradient_dtype == "fp32":
             self.fp32_gradients = _Fp32Gradients(self.model, self.shards)
-        self.buffers = Buffers(self.model, world)
+        self.buffers = Buffers(self.model, world, plan.optimizer.ema_decay)
         self.scaler = LossScaler(plan.loss_scale, plan.precision == "fp16", world.device)
 
     def train_step(self, window: Sequence[Batch], lr: float, step: int, wishes: int = 0) -> PendingStep:
@@ -74,7 +74,7 @@ class FSDPEngine:
             (loss * (factor * self.scaler.scale).float()).backward()
             loss_sum += loss.detach()
         grad_norm, skipped, scale = self._apply(lr)
-        self.buffers.settle(skipped)
+        self.buffers.settle(skipped, self.optimizer.steps)
         return common.close_step(agreed, loss_sum, grad_norm, skipped, scale, self.world)
 
     def _apply(self, lr: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,6 +201,13 @@ def _shard(plan: Plan, spec: ModelSpec[Any], model: nn.Module, mesh: DeviceMesh)
     for block in spec.blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=plan.fsdp.reshard_after_forward, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    # The next block's all-gather starts before this block computes: left to its own hook it starts when the launching
+    # thread gets there, which in a forward pass is hardly ahead of the GPU.
+    blocks = list(spec.blocks(model))
+    for group, following in zip([model, *blocks], blocks, strict=False):
+        assert isinstance(group, FSDPModule)
+        assert isinstance(following, FSDPModule)
+        group.set_modules_to_forward_prefetch([following])
 
 
 class _Shards:

@@ -36,8 +36,10 @@ BLOCK = 256
 SMALLEST_SCALE = 1e-26
 #: Elements that the reference works on at a time, so that what it makes meanwhile stays in the cache.
 REFERENCE_ELEMENTS = 1 << 15
-#: Elements that are decoded or encoded at a time: what is made meanwhile stays small.
+#: Elements that are encoded at a time: what is made meanwhile stays small.
 PIECE_ELEMENTS = 1 << 20
+#: Elements that are decoded at a time: 16 MiB of fp32, and as much for what is made meanwhile.
+DECODED_ELEMENTS = 1 << 22
 _PHILOX_ROUNDS = 7
 _LOW = 0xFFFFFFFF
 
@@ -100,18 +102,32 @@ class Moment:
             part.scales = self.scales[start // BLOCK : -(-stop // BLOCK)]
         return part
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether `read` makes a copy."""
+        return self.values.dtype != torch.float32
+
     def read(self, start: int, stop: int) -> Tensor:
         """Elements ``[start, stop)`` in fp32: a view of an fp32 state, else a copy."""
         if self.scales is None:
             return self.values[start:stop].float()
+        if stop - start <= DECODED_ELEMENTS:
+            return self._decoded(start, stop)
         values = torch.empty(stop - start, dtype=torch.float32, device=self.values.device)
-        for low in range(start, stop, PIECE_ELEMENTS):
-            high = min(low + PIECE_ELEMENTS, stop)
-            first = low // BLOCK
-            scales = self.scales[first : -(-high // BLOCK)].repeat_interleave(BLOCK)[low - first * BLOCK :]
-            codes = self.values[low:high].float()
-            values[low - start : high - start] = _decode(codes, scales[: high - low], self.signed)
+        for low in range(start, stop, DECODED_ELEMENTS):
+            high = min(low + DECODED_ELEMENTS, stop)
+            values[low - start : high - start] = self._decoded(low, high)
         return values
+
+    def _decoded(self, start: int, stop: int) -> Tensor:
+        """A few operations in place on the whole blocks that hold the interval, for a GPU is told of each of them."""
+        assert self.scales is not None
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        codes = self.values[first * BLOCK : last * BLOCK]
+        values = torch.empty((last - first) * BLOCK, dtype=torch.float32, device=self.values.device)
+        values[: codes.numel()].copy_(codes)
+        _decode_(values.view(-1, BLOCK), self.scales[first:last, None], self.signed)
+        return values[start - first * BLOCK : stop - first * BLOCK]
 
     def write(self, start: int, values: Tensor) -> None:
         """Store values from any device, rounded to the nearest; block-aligned as in `part`."""
@@ -145,14 +161,14 @@ def _scales(values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(scales < SMALLEST_SCALE, 0.0, scales), padded
 
 
-def _decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    """Values of codes (given as fp32)."""
+def _decode_(codes: Tensor, scales: Tensor, signed: bool) -> None:
+    """Codes, given as fp32, become their values."""
     if signed:
-        root = (codes - 128) / 127
-        return root * root.abs() * scales
-    root = (codes + 1) / 256
-    square = root * root
-    return square * square * scales
+        codes.sub_(128).div_(127)
+        codes.mul_(codes.abs()).mul_(scales)
+    else:
+        codes.add_(1).div_(256)
+        codes.mul_(codes).mul_(codes).mul_(scales)
 
 
 def _encode(values: Tensor, scales: Tensor, signed: bool, chance: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ MODELS = {
     "mamba": "zerofit.models.mamba:SPEC",
     "huggingface": "zerofit.models.huggingface:SPEC",
     "resnet": "zerofit.models.resnet:SPEC",
+    "timm": "zerofit.models.timm_models:SPEC",
 }
 
 

@@ -11,18 +11,17 @@ its running ones, in fp32 whatever that is; the loss is fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.image_models import ResNetConfig
 from ..config.shapes import Recomputation
 from .base import apply_blocks, parameter_generator
+from .batch_norm import batch_norm, recomputation_contexts
 from .classification import classification_sums
 
 #: Batches to average over: the weight of the newest batch in running statistics (torchvision's, PyTorch's default).
@@ -30,73 +29,15 @@ MOMENTUM, EPSILON = 0.1, 1e-5
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class _Recomputing:
-    """Whether a block runs once more for its backward pass: then running statistics have seen its batch already."""
-
-    now = False
-
-
-@contextmanager
-def _recomputing() -> Iterator[None]:
-    _Recomputing.now = True
-    try:
-        yield
-    finally:
-        _Recomputing.now = False
-
-
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of a checkpointed block's first pass and of its recomputation."""
-    return nullcontext(), _recomputing()
-
-
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation (Ioffe & Szegedy 2015) over (B, S, S). (B, C, S, S) -> the same.
-
-    In training it normalises with the statistics of its own micro-batch, and moves the running ones by `MOMENTUM` of
-    the difference, once a micro-batch, so ``accumulation_steps`` times a step. With `sync` the statistics are those of
-    all ranks' micro-batches (collective).
-    """
+    """Over (B, S, S), see `batch_norm`. (B, C, S, S) -> the same; running statistics move by `MOMENTUM`."""
 
     def __init__(self, channels: int, sync: bool) -> None:
         super().__init__(channels, eps=EPSILON, momentum=MOMENTUM)
         self.sync = sync
 
     def forward(self, x: Tensor) -> Tensor:
-        # Kernels want scale and shift of the type of the statistics; the copies are small.
-        weight, bias = self.weight.float(), self.bias.float()
-        if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, self.eps)
-        if not _Recomputing.now and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        if self.sync and dist.is_initialized() and dist.get_world_size() > 1:
-            return self._over_ranks(x, weight, bias)
-        mean, var = self.running_mean, self.running_var
-        if _Recomputing.now and mean is not None and var is not None:
-            mean, var = mean.clone(), var.clone()  # theirs to change: the running ones have seen this batch
-        return F.batch_norm(x, mean, var, weight, bias, True, MOMENTUM, self.eps)
-
-    def _over_ranks(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Statistics of all ranks' samples; gradients flow through the sums. Collective, in the backward pass too."""
-        from torch.distributed.nn.functional import all_reduce
-
-        values = x.float()
-        count = values.numel() / values.shape[1] * dist.get_world_size()
-        sums = torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
-        mean, square = all_reduce(sums).unbind() if torch.is_grad_enabled() else self._summed(sums)
-        mean, square = mean / count, square / count
-        var = (square - mean.square()).clamp(min=0)
-        if not _Recomputing.now and self.running_mean is not None and self.running_var is not None:
-            self.running_mean.lerp_(mean.detach(), MOMENTUM)
-            self.running_var.lerp_(var.detach() * (count / (count - 1)), MOMENTUM)
-        scale = weight * torch.rsqrt(var + self.eps)
-        shaped = (1, -1, 1, 1)
-        return (values * scale.view(shaped) + (bias - mean * scale).view(shaped)).to(x.dtype)
-
-    @staticmethod
-    def _summed(sums: Tensor) -> tuple[Tensor, Tensor]:
-        dist.all_reduce(sums)
-        return sums[0], sums[1]
+        return batch_norm(self, x, self.sync)
 
 
 class Block(nn.Module):
@@ -176,7 +117,7 @@ class ResNet(nn.Module):
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x)), inplace=True), 3, 2, padding=1)
-        x = apply_blocks(self.blocks, x, self.checkpoint_every, _contexts)
+        x = apply_blocks(self.blocks, x, self.checkpoint_every, recomputation_contexts)
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 

@@ -147,6 +147,8 @@ class Candidate:
     """It fits because PyTorch gives back what it holds in reserve when the GPU is full; then a step takes longer."""
     variant: str = "fastest"
     """Of its strategy: ``fastest``, ``least memory`` or ``largest batch``."""
+    frozen: MemoryPrediction | None = None
+    """Of the phase with a frozen backbone, where there is one; `memory` is that of the phase that needs more."""
     remedies: tuple[str, ...] = ()
     """For one that does not fit: the nearest changes that would."""
 
@@ -287,6 +289,10 @@ class Builder:
         """The plan with its memory, its speed and the machine's limits."""
         free = min(gpu.free_bytes for gpu in self.hardware.gpus) if self.device == "cuda" else None
         memory = predict_memory(plan, self.constants, free_bytes=free)
+        frozen = None
+        if getattr(plan.model, "freeze_epochs", 0):
+            frozen = predict_memory(plan.frozen_phase(), self.constants, free_bytes=free)
+            memory = max(memory, frozen, key=lambda phase: phase.driver_bytes)
         ranks = plan.ranks_per_node or plan.world_size
         host = 0 if self.device == "cpu" else ranks * memory.host_peak_bytes
         checkpoint, disk = checkpoint_bytes(self.config, plan.parameters)
@@ -298,6 +304,7 @@ class Builder:
             host_peak_bytes=host,
             checkpoint_bytes=checkpoint,
             disk_bytes=disk,
+            frozen=frozen,
         )
 
     def recorded(self, candidate: Candidate) -> Candidate:
@@ -318,6 +325,8 @@ class Builder:
         """The same, fitting after all where a full GPU makes PyTorch's allocator give back its reserve."""
         memory, limit = missed.memory, missed.limit_bytes
         least = memory.allocated_bytes + memory.driver_bytes - memory.reserved_bytes
+        if missed.memory is missed.frozen:
+            return missed
         if missed.needs[0].met or least > limit or not fits_within(missed.plan, limit, self.constants):
             return missed
         return replace(missed, squeezed=True)
@@ -351,7 +360,8 @@ def checkpoint_bytes(config: Config, parameters: int) -> tuple[int, int]:
     written."""
     one = checkpoint_bytes_a_parameter(config.optimizer.kind, config.ema_decay is not None) * parameters
     if config.save_interval == "never" and not config.save_on_improvement:
-        return one, 0
+        # A frozen phase ends in a checkpoint, whatever else is saved.
+        return one, one if getattr(config.model, "freeze_epochs", 0) else 0
     stages = 0 if config.save_interval == "never" else max(len(config.stages) - 1, 0)  # the last one is the newest
     return one, one * (config.keep_checkpoints + (config.keep_best or 1) + stages + 1)
 

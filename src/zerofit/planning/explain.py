@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..config.durations import ENDLESS_STEPS
 from ..config.schema import Config, DataConfig
-from ..config.stages import describe_data, describe_stages, spans
+from ..config.stages import describe_data, describe_stages, has_last_step, spans
 from .candidates import Candidate, checkpointing_of, describe, describe_states
 from .choose import Choice
 from .hardware import Hardware
@@ -104,6 +104,8 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
         console,
         f"Batch: {choice.split.equation()}; {items}, {length}.",
     )
+    if chosen.frozen is not None:
+        _say(console, describe_frozen(chosen))
     for line in describe_stages(config):
         _say(console, line)
     if isinstance(config.data, DataConfig) and config.data.sources and not config.stages:
@@ -114,6 +116,19 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
             f"Checkpoints: {format_bytes(chosen.checkpoint_bytes)} each, up to {format_bytes(chosen.disk_bytes)} on "
             f"disk.",
         )
+
+
+def describe_frozen(candidate: Candidate) -> str:
+    """What a frozen phase trains and needs, in a sentence."""
+    plan, frozen = candidate.plan, candidate.frozen
+    assert frozen is not None
+    phase, epochs = plan.frozen_phase(), getattr(plan.model, "freeze_epochs", 0)
+    larger = "" if candidate.memory is frozen else ", less than the whole network after it"
+    return (
+        f"Frozen backbone for the first {'epoch' if epochs == 1 else f'{epochs} epochs'}: the head alone "
+        f"({phase.parameters:,} of {plan.parameters:,} parameters) trains, as {describe(phase)}; that phase's peak is "
+        f"{format_bytes(frozen.driver_bytes)}{larger}. Its steps are shorter; their time is not predicted."
+    )
 
 
 def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool) -> Table:
@@ -294,7 +309,7 @@ def choice_json(choice: Choice, config: Config) -> dict[str, Any]:
             {
                 "name": s.name,
                 "start": s.start,
-                "stop": s.stop,
+                "stop": s.stop if has_last_step(s) else None,
                 "data": describe_data(s.data),
                 "learning_rate": s.learning_rate,
             }
@@ -311,6 +326,21 @@ def hardware_json(choice: Choice) -> dict[str, Any]:
     rates = None if choice.rates is None else dict(vars(choice.rates))
     software = {gpu.name: gpu.software for gpu in hardware.gpus}
     return {**hardware.model_dump(mode="json"), "rates": rates, "software": software}
+
+
+def frozen_json(candidate: Candidate) -> dict[str, Any] | None:
+    """The phase with a frozen backbone; None where there is none."""
+    if candidate.frozen is None:
+        return None
+    phase = candidate.plan.frozen_phase()
+    return {
+        "trained_parameters": phase.parameters,
+        "strategy": phase.strategy,
+        "gpu_peak_bytes": candidate.frozen.allocated_bytes,
+        "gpu_driver_bytes": candidate.frozen.driver_bytes,
+        "gpu_items": candidate.frozen.items,
+        "memory_basis": candidate.frozen.basis,
+    }
 
 
 def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
@@ -341,6 +371,7 @@ def candidate_json(candidate: Candidate, config: Config) -> dict[str, Any]:
         "gpu_limit_bytes": candidate.limit_bytes,
         "gpu_items": memory.items,
         "peak_phase": memory.peak_phase,
+        "frozen_phase": frozen_json(candidate),
         "memory_basis": memory.basis,
         "host_peak_bytes": candidate.host_peak_bytes,
         "host_items": memory.host_items,

@@ -205,6 +205,10 @@ def _play(
     workspace = device.workspace_bytes if on_gpu else 0
     for name, shape in plan.model.buffer_shapes().items():
         ledger.alloc(("buffer", name), 4 * math.prod(shape) if shape else 8, "buffers")
+    if average := _average_bytes(plan):
+        ledger.alloc("average of buffers", average, "buffers")
+    for item, size in frozen_bytes(plan).items():
+        (host if item.startswith("host_") else ledger).alloc(item, size, item)
     simulate(plan, ledger, engine_model(plan, ledger, host, events, room_bytes), events, inputs, workspace)
     return ledger, host
 
@@ -291,9 +295,27 @@ def state_bytes(plan: Plan) -> dict[str, int]:
     else:
         items = zero_state_bytes(plan) if plan.strategy.startswith("zero") else replicated_state_bytes(plan)
     buffers = buffer_bytes(plan)
-    return items | ({"buffers": buffers} if buffers else {})
+    return items | ({"buffers": buffers} if buffers else {}) | frozen_bytes(plan)
+
+
+def frozen_bytes(plan: Plan) -> dict[str, int]:
+    """Of parameters that are not trained: the compute copy, whole on every rank; in half precision a share of their
+    fp32 values in host memory. Mirrors `engines.frozen`."""
+    elements = sum(math.prod(shape) for shape in plan.frozen_shapes().values())
+    if not plan.frozen:
+        return {}
+    host = {"host_frozen": 4 * -(-elements // plan.world_size)} if plan.mixed else {}
+    return {"frozen": (2 if plan.mixed else 4) * elements, **host}
 
 
 def buffer_bytes(plan: Plan) -> int:
-    """Whole on every rank: fp32 statistics, and counters of 8 bytes. Mirrors `engines.buffers`."""
-    return sum(4 * math.prod(shape) if shape else 8 for shape in plan.model.buffer_shapes().values())
+    """Whole on every rank: fp32 statistics, counters of 8 bytes, and the statistics' average where the weights have
+    one. Mirrors `engines.buffers`."""
+    shapes = plan.model.buffer_shapes().values()
+    return sum(4 * math.prod(shape) if shape else 8 for shape in shapes) + _average_bytes(plan)
+
+
+def _average_bytes(plan: Plan) -> int:
+    if plan.optimizer.ema_decay is None:
+        return 0
+    return sum(4 * math.prod(shape) for shape in plan.model.buffer_shapes().values() if shape)

@@ -4,8 +4,9 @@
 N ranks; h bytes of the compute type; g bytes of the type in which gradients are reduced. Rows of a parameter are cut
 into N pieces of ceil(rows / N); collectives move equal pieces, so that padded sizes count. A group is a block, or all
 that is in no block. Gathering takes a buffer for the collective and, for each parameter, a place of its own; in a
-forward pass the buffer lives until the next group's has arrived. Reducing takes a padded copy of the group's whole
-gradients, which lives until the next group reduces, and the reduced share, which becomes the gradient.
+forward pass the buffer lives until the next group's has arrived, and the next group's is asked for before the group
+computes. Reducing takes a padded copy of the group's whole gradients, which lives until the next group reduces, and the
+reduced share, which becomes the gradient.
 """
 
 from __future__ import annotations
@@ -118,14 +119,16 @@ class FSDPModel:
             self.gathered.remove(group)
 
     def _before(self, group: str) -> None:
-        """The previous buffer goes when this group's all-gather has begun."""
-        if group in self.gathered:
-            return
-        self._start_gather(group)
-        if self.forward_buffer is not None:
-            self.ledger.free(self.forward_buffer)
-        self._copy_out(group)
-        self.forward_buffer = ("buffer", group)
+        """The previous buffer goes when this group has arrived; then the next group's all-gather begins."""
+        if group not in self.gathered:
+            self._start_gather(group)
+            if self.forward_buffer is not None:
+                self.ledger.free(self.forward_buffer)
+            self._copy_out(group)
+            self.forward_buffer = ("buffer", group)
+        following = self._block_after(group)
+        if following is not None:
+            self._start_gather(following)
 
     def _after(self, group: str) -> None:
         if group != ROOT and not self.kept:
@@ -143,6 +146,10 @@ class FSDPModel:
         following = self.blocks[-1] if group == ROOT else self._block_before(group)
         if following is not None:
             self._start_gather(following)
+
+    def _block_after(self, group: str) -> str | None:
+        index = -1 if group == ROOT else self.blocks.index(group)
+        return self.blocks[index + 1] if index + 1 < len(self.blocks) else None
 
     def _block_before(self, group: str) -> str | None:
         index = self.blocks.index(group)

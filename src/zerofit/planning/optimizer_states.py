@@ -64,13 +64,13 @@ def state_groups(kind: str, shapes: Mapping[str, tuple[int, ...]], decays: Mappi
 
 def planned_groups(plan: Plan) -> list[StateGroup]:
     """The groups of a plan."""
-    return state_groups(plan.optimizer.kind, plan.model.parameter_shapes(), decaying(plan))
+    return state_groups(plan.optimizer.kind, plan.trained_shapes(), decaying(plan))
 
 
 def decaying(plan: Plan) -> dict[str, bool]:
     """Name -> whether weight decay applies."""
     decayed = plan.model.decaying()
-    return {name: name in decayed for name in plan.model.parameter_shapes()}
+    return {name: name in decayed for name in plan.trained_shapes()}
 
 
 def flat_elements(optimizer: OptimizerPlan, group: StateGroup) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -80,7 +81,7 @@ class Plan(Section):
 
     model: ModelConfig
     parameters: int
-    """Distinct parameters of the model."""
+    """Distinct parameters of the model; of a frozen phase those that are trained."""
     strategy: Strategy
     offload: Offload = "none"
     offload_parameters: Offload = "none"
@@ -106,6 +107,8 @@ class Plan(Section):
     deterministic: bool = False
     seed: int = 1337
     optimizer: OptimizerPlan = OptimizerPlan()
+    frozen: bool = False
+    """The head alone is trained; see `frozen_phase`."""
     loss_scale: LossScaleConfig = LossScaleConfig()
     zero: ZeroPlan = ZeroPlan()
     fsdp: FsdpConfig = FsdpConfig()
@@ -121,6 +124,32 @@ class Plan(Section):
     def global_batch(self) -> int:
         """Samples of one optimizer step."""
         return self.micro_batch * self.accumulation_steps * self.world_size
+
+    def trained_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the parameters that are trained, in the model's order."""
+        shapes = self.model.parameter_shapes()
+        head = self.model.head_parameters() if self.frozen else shapes.keys()
+        return {name: shape for name, shape in shapes.items() if name in head}
+
+    def frozen_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the parameters that keep their values."""
+        trained = self.trained_shapes()
+        return {name: shape for name, shape in self.model.parameter_shapes().items() if name not in trained}
+
+    def frozen_phase(self) -> Plan:
+        """The plan of the steps in which the head alone is trained.
+
+        Whatever the strategy, every rank holds the whole network: gradients and optimizer states, which sharding and
+        offload are for, are the head's and small. Nothing is kept for the backbone's backward pass, so nothing of it is
+        recomputed.
+        """
+        frozen = self.model_copy(update={
+            "frozen": True, "strategy": "single" if self.world_size == 1 else "ddp", "offload": "none",
+            "offload_parameters": "none", "activation_checkpointing_every": 0, "recomputation": "full",
+            "activation_offload": "none", "cuda_graphs": False, "state_bytes": {}, "prediction": None,
+        })  # fmt: skip
+        count = sum(math.prod(shape) for shape in frozen.trained_shapes().values())
+        return frozen.model_copy(update={"parameters": count})
 
     @property
     def mixed(self) -> bool:

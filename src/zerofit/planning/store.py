@@ -37,7 +37,9 @@ _MORE_SOURCES = {
         "recompute.py",
         *(f"../kernels/{name}.py" for name in ("selective_scan", "selective_scan_torch", "causal_conv", "rms_norm")),
         "../kernels/head_loss.py",
-    )
+    ),
+    "resnet": ("batch_norm.py",),
+    "timm": ("batch_norm.py", "classification.py"),
 }
 #: Architectures whose loss waits for the backward pass in fp16 (`kernels.head_loss`).
 _FP16_DIFFERS = ("mamba",)
@@ -55,6 +57,7 @@ class TraceKey:
         device: ``cuda`` or ``cpu``.
         offloaded: inputs of recomputed blocks lie in host memory.
         every: every n-th block is recomputed, where blocks differ and are all traced (`ModelShape.blocks_alike`).
+        frozen: with the head alone trained.
         fp16: with fp16's own order of events, see `_FP16_DIFFERS`.
     """
 
@@ -65,12 +68,15 @@ class TraceKey:
     device: str
     offloaded: bool = False
     every: int = 1
+    frozen: bool = False
     fp16: bool = False
 
     @property
     def text(self) -> str:
         """Hexadecimal; the same for the same model source."""
         data = {**asdict(self), "format": FORMAT, "source": _sources(self.model["kind"])}
+        if not self.frozen:
+            del data["frozen"]
         if not self.fp16:
             del data["fp16"]
         return _hash(json.dumps(data, sort_keys=True))
@@ -79,7 +85,7 @@ class TraceKey:
 def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
     """The trace that a plan needs for one kind of its blocks: those that are recomputed, or the others."""
     shallow = plan.model.with_depth(min(plan.model.depth, TRACED_DEPTH))
-    weights = {"weights_from", "pretrained"}  # where they come from changes no size
+    weights = {"weights_from", "pretrained", "freeze_epochs"}  # where they come from changes no size
     return TraceKey(
         shallow.model_dump(mode="json", exclude=weights),
         2 if plan.mixed else 4,
@@ -88,6 +94,7 @@ def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
         plan.device,
         offloaded=recompute and plan.activation_offload == "cpu" and plan.device == "cuda",
         every=plan.activation_checkpointing_every if recompute and not plan.model.blocks_alike else 1,
+        frozen=plan.frozen,
         fp16=plan.precision == "fp16" and plan.model.kind in _FP16_DIFFERS,
     )
 
@@ -125,6 +132,7 @@ def trace_now(plan: Plan, key: TraceKey) -> Template:
         device=key.device,
         offloaded=key.offloaded,
         every=key.every,
+        trained=plan.trained_shapes() if key.frozen else None,
     )
 
 
@@ -192,7 +200,12 @@ def _sources(kind: str) -> str:
     assert model is not None
     assert model.origin is not None
     home = Path(model.origin).parent
-    files = [Path(model.origin), home / "base.py", *(home / name for name in _MORE_SOURCES.get(kind, ()))]
+    files = [
+        Path(model.origin),
+        home / "base.py",
+        home / "freezing.py",
+        *(home / name for name in _MORE_SOURCES.get(kind, ())),
+    ]
     return _hash_code(*files, *(Path(__file__).with_name(name) for name in _TRACERS))
 
 

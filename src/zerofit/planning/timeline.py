@@ -247,4 +247,4 @@ def _micro_step(
 
 def parameter_elements(plan: Plan) -> dict[str, int]:
     """Canonical name -> elements."""
-    return {name: math.prod(shape) for name, shape in plan.model.parameter_shapes().items()}
+    return {name: math.prod(shape) for name, shape in plan.trained_shapes().items()}

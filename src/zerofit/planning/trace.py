@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import re
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from ..config.models import Recomputation
 from ..config.schema import Precision
 from ..models.base import ModelSpec
+from ..models.freezing import freeze
 from ..models.offload import TracedOffload
 from .template import BACKWARD, FORWARD, Event, Template, name_of
 from .trace_compiled import stand_in
@@ -57,6 +58,7 @@ def trace_template(
     device: str,
     offloaded: bool = False,
     every: int = 1,
+    trained: Collection[str] | None = None,
 ) -> Template:
     """Trace one kind of blocks.
 
@@ -68,6 +70,7 @@ def trace_template(
         compiled: with `ModelSpec.compiled_units` compiled; no module events then.
         device: ``cuda`` or ``cpu``, whose kernels the trace follows.
         offloaded: with the blocks' inputs in host memory.
+        trained: names of the parameters that are trained while the others are frozen (`models.freezing`); None: all.
 
     Raises:
         TraceError: sizes are not linear in the batch, or the middle blocks differ.
@@ -82,6 +85,7 @@ def trace_template(
         compiled=compiled,
         recomputation=recompute or "full",
         offloaded=offloaded,
+        trained=trained,
     )
     failure = None
     for samples in SAMPLES:
@@ -294,11 +298,14 @@ class _Recording:
         compiled: bool = False,
         recomputation: Recomputation = "full",
         offloaded: bool = False,
+        trained: Collection[str] | None = None,
     ) -> None:
         self.mode = _Storages(device == "cuda")
         self.events = self.mode.events
         with _default_dtype(dtype), FakeTensorMode(allow_non_fake_inputs=True):
             model = spec.build(config, checkpoint_every=every, recomputation=recomputation)
+            if trained is not None:
+                freeze(model, trained)
             inputs = spec.example_inputs(config, samples)
             self.input_bytes = [tensor.nbytes for tensor in inputs.values()]
             self.blocks = list(spec.blocks(model))
@@ -357,7 +364,7 @@ class _Recording:
                 self.mode.item = "activations"
                 return
             self._begin(FORWARD, position)
-            if position == 1:
+            if position == 1 and _first(args).requires_grad:
                 _first(args).register_hook(lambda gradient: self._enter(0, gradient, 1))
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -366,7 +373,8 @@ class _Recording:
                 return
             tensor = _first(output)
             self.events.append(("o", FORWARD, position, self.mode.id_of(tensor)))
-            tensor.register_hook(lambda gradient: self._enter(position, gradient, position + 1))
+            if tensor.requires_grad:  # of frozen blocks there is no backward pass
+                tensor.register_hook(lambda gradient: self._enter(position, gradient, position + 1))
             if position == len(self.blocks):
                 # Not yet: the caller lets go of the block's input first, if the block did not keep it.
                 self.mode.before_next = lambda: self._begin(FORWARD, position + 1)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..checkpoint.manifest import step_name
 from ..checkpoint.saver import Outcome, Request, Saver, agree
 from ..config.schema import Config
 from ..config.stages import stage_ending_at
@@ -16,6 +18,8 @@ from ..planning.plan import Plan
 from ..tasks.base import Best, Task
 from ..types import SAVE, Batch, Pending, World
 from .events import EventLog
+from .phases import STATE as FROZEN
+from .phases import PhasedEngine
 from .probe import probe_loss
 from .progress import Display
 from .state import Progress
@@ -63,15 +67,18 @@ class Checkpoints:
         """Step `step` is on its way and will be saved: start the probe behind it, so that nobody waits for it."""
         self._probed = step, probe_loss(self.engine, self.probe)
 
-    def save(self, progress: Progress, best: bool) -> bool:
-        """Begin to save; with ``save_asynchronously`` training goes on meanwhile. False: there is no room."""
+    def save(self, progress: Progress) -> bool:
+        """Begin to save; with ``save_asynchronously`` training goes on meanwhile. False: there is no room.
+
+        It is ``best`` when the best evaluation so far was at this very step, whatever the save is made for.
+        """
         if self._begun_step == progress.step:
             return True
         started = time.perf_counter()
         names = ["latest"]
-        names += ["best"] if best else []
+        names += ["best"] if progress.best_step == progress.step else []
         names += ["final"] if progress.step == self.last_step else []
-        stage = stage_ending_at(self.config, progress.step)
+        stage = stage_ending_at(self.config, progress.step, self.last_step)
         names += [stage] if stage else []
         if self._probed is None or self._probed[0] != progress.step:
             self.announce(progress.step)
@@ -91,16 +98,14 @@ class Checkpoints:
         self.tell()
         return begun
 
-    def save_now(
-        self, progress: Progress, best: bool, patience_seconds: float, asked_to_stop: Callable[[], bool]
-    ) -> None:
+    def save_now(self, progress: Progress, patience_seconds: float, asked_to_stop: Callable[[], bool]) -> None:
         """Save and return when it is durable; tries again for `patience_seconds`, unless somebody asks to stop.
 
         Raises:
             TrainingFailed: it could not be written; older checkpoints are whole.
         """
         deadline = time.monotonic() + patience_seconds
-        while not (self.save(progress, best) and self.finish()):
+        while not (self.save(progress) and self.finish()):
             if not agree(time.monotonic() < deadline and not asked_to_stop(), self.world):
                 raise TrainingFailed(
                     f"Step {progress.step} could not be saved in {self.saver.root} (see the warning above). Older "
@@ -109,6 +114,10 @@ class Checkpoints:
             until = time.monotonic() + RETRY_SECONDS
             while time.monotonic() < until and not asked_to_stop():
                 time.sleep(0.1)
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step lies. Not collective."""
+        return self.saver.root / step_name(step)
 
     def finish(self) -> bool:
         """Wait for the save under way, and tell what became of it. False when it failed."""
@@ -162,6 +171,7 @@ class Checkpoints:
             "config": self.config.model_dump(mode="json"),
             "model": self.plan.model.model_dump(mode="json"),
             "facts": self.facts,
+            FROZEN: isinstance(self.engine, PhasedEngine) and self.engine.frozen,
             "strategy": self.plan.strategy,
             "offload": self.plan.offload,
             "world_size": self.plan.world_size,

@@ -11,7 +11,7 @@ from ..checkpoint import retention
 from ..checkpoint.initial import locate_initial, published_model, told_model
 from ..config.load import DEFAULT, ResolvedConfig
 from ..config.models import ModelConfig
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 
 #: Values of ``init_from`` that name no weights.
 NO_WEIGHTS = ("scratch", "resume")
@@ -52,6 +52,32 @@ def with_initial_model(
         taken = origin == DEFAULT and field != "dropout"
         kept[f"model.{field}"] = f"init_from {name}" if taken else origin
     return replace(resolved, config=resolved.config.model_copy(update={"model": model}), origins=kept)
+
+
+def refuse_another_kind(resolved: ResolvedConfig, flag: str, checkpoint: Path | None) -> None:
+    """Refuse a checkpoint of another kind of model before data is prepared or anything planned for it. What cannot be
+    read, or does not tell, is left to those who open it.
+
+    Args:
+        flag: how the checkpoint was named, for the message.
+        checkpoint: None: it was not found.
+
+    Raises:
+        ConfigError: it holds another kind.
+    """
+    try:
+        told = told_model(checkpoint) if checkpoint is not None else None
+    except CheckpointError:
+        return
+    kind = resolved.config.model.kind
+    if told is None or told.kind == kind:
+        return
+    origin = resolved.origins.get("model.kind", DEFAULT)
+    place = "" if origin == DEFAULT else f" ({origin})"
+    raise ConfigError(
+        f"{flag} holds a model of kind {told.kind}, and model.kind is {kind}{place}: weights of one kind do not go "
+        f"into another. Use the model section that it was trained with, or a checkpoint of a {kind} model."
+    )
 
 
 def _check(resolved: ResolvedConfig, told: ModelConfig, name: str) -> None:

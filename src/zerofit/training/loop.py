@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.store import open_checkpoint
 from ..config.durations import parse_duration
 from ..config.schema import Config
 from ..config.stages import stage_ending_at
@@ -24,6 +25,7 @@ from .checkpoints import FINAL_PATIENCE_SECONDS, Checkpoints
 from .evaluate import Evaluator
 from .events import EventLog
 from .not_finite import first_bad_layer
+from .phases import PhasedEngine
 from .progress import Display
 from .schedule import learning_rate
 from .scorecard import Scorecard
@@ -53,10 +55,11 @@ class Trainer:
         stop: StopRequest,
         progress: Progress,
         words: Callable[[], str | None] = lambda: None,
+        phases: PhasedEngine | None = None,
     ) -> None:
         self.config, self.plan, self.engine, self.loader = config, plan, engine, loader
         self.evaluator, self.world, self.display, self.events = evaluator, world, display, events
-        self.stop, self.progress = stop, progress
+        self.stop, self.progress, self.phases = stop, progress, phases
         self.checkpoints, self.words = checkpoints, words
         self.items, self.best = task.items, task.best
         self.flops_per_item = spec.flops_per_item(plan.model)
@@ -101,6 +104,8 @@ class Trainer:
                 self._pause(step + 1, save=bool(wishes & SAVE))
                 if wishes & STOP and step + 1 < self.last_step:
                     self._interrupt(step + 1)
+                if self._thaw_is_due(step + 1):
+                    self._thaw(step + 1)
         self.checkpoints.finish()
         self.events.write("end", step=self.progress.step, **_peaks(self.world))
         self.scorecard.finish(_peaks(self.world), self.events, self.display)
@@ -108,18 +113,32 @@ class Trainer:
 
     def _pause_is_due(self, done: int) -> bool:
         due = self._evaluation_is_due(done) or self._save_is_due(done) or self._sample_is_due(done)
-        return due or done == self.last_step
+        return due or self._thaw_is_due(done) or done == self.last_step
 
     def _pause(self, done: int, save: bool) -> None:
         """Between two steps: evaluate and save what is due or, with `save`, asked for. Its time is not the step's."""
         improved = self._evaluation_is_due(done) and self._evaluate(done)
         self._count_time()
         if self._save_is_due(done) and done == self.last_step:
-            self.checkpoints.save_now(self.progress, improved, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
+            self.checkpoints.save_now(self.progress, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
         elif save or self._save_is_due(done) or (improved and self.config.save_on_improvement):
-            self.checkpoints.save(self.progress, improved)
+            self.checkpoints.save(self.progress)
         if self._sample_is_due(done):
             self._sample(done)
+        self.mark = time.perf_counter()
+
+    def _thaw_is_due(self, done: int) -> bool:
+        phases = self.phases
+        return phases is not None and phases.frozen and done == phases.thaw_step and done < self.last_step
+
+    def _thaw(self, done: int) -> None:
+        """The frozen phase is over: save, build the engine of the whole network, load."""
+        assert self.phases is not None
+        self.checkpoints.save_now(self.progress, FINAL_PATIENCE_SECONDS, self._asked_to_stop)
+        self.phases.thaw(open_checkpoint(self.checkpoints.folder(done)))
+        self.events.write("thawed", step=done, strategy=self.plan.strategy)
+        self.display.say(f"The whole network trains from step {done + 1} on, with a fresh optimizer.")
+        self._count_time()
         self.mark = time.perf_counter()
 
     def _sample_is_due(self, done: int) -> bool:
@@ -176,7 +195,8 @@ class Trainer:
             **_peaks(self.world),
         }
         self.events.write("step", **event)
-        self.scorecard.step(seconds)
+        if self.phases is None or not self.phases.frozen:  # the plan's step is one of the whole network
+            self.scorecard.step(seconds)
         self.display.step(step + 1, {**event, "metrics": self.progress.metrics})
         self.checkpoints.tell()
         self._watch(step + 1, result)
@@ -185,7 +205,9 @@ class Trainer:
     def _mfu(self, items_per_second: float) -> float | None:
         if self.peak_flops is None:
             return None
-        return items_per_second * self.flops_per_item / (self.peak_flops * self.world.world_size)
+        # Of a frozen backbone there is a forward pass alone; the head's gradients count for nothing beside it.
+        share = 1 / 3 if self.phases is not None and self.phases.frozen else 1.0
+        return items_per_second * share * self.flops_per_item / (self.peak_flops * self.world.world_size)
 
     def _watch(self, step: int, result: StepResult) -> None:
         """Count skipped steps; the same on every rank, so that all give up together."""
@@ -285,7 +307,7 @@ class Trainer:
         return bool(self.stop.wishes & STOP)
 
     def _interrupt(self, done: int) -> None:
-        self.checkpoints.save_now(self.progress, False, 0, self._asked_to_stop)
+        self.checkpoints.save_now(self.progress, 0, self._asked_to_stop)
         self.events.write("interrupted", step=done)
         raise Interrupted(f"Stopped at step {done} on request and saved. Continue with --resume.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from typing import cast
 
 from torch.distributed import Store
 
@@ -19,7 +20,6 @@ from ..config.load import load_config
 from ..config.schema import Config
 from ..data.loader import Share
 from ..engines.base import Engine
-from ..engines.build import build
 from ..engines.common import add_over_ranks
 from ..engines.world import open_world
 from ..models import model_spec
@@ -30,7 +30,9 @@ from ..types import Batch
 from .checkpoints import Checkpoints
 from .evaluate import Evaluator
 from .events import EventLog
+from .freezing import thaw_step
 from .loop import Trainer
+from .phases import PhasedEngine, load_source
 from .probe import differs, probe_loss, stored_probe
 from .progress import Display, open_display
 from .signals import stop_requests
@@ -46,9 +48,12 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         world = cleanup.enter_context(open_world(plan, store))
         stop = cleanup.enter_context(stop_requests())
         spec, task = model_spec(plan.model.kind), task_of(plan.model)
-        engine = build(plan, spec, world)
-        cleanup.callback(engine.close)
-        progress, source = load_weights(engine, prepared)
+        source = open_start(prepared)
+        begins_at = (source.step or 0) if source is not None and prepared.start.how != "weights" else 0
+        phases = PhasedEngine(plan, spec, world, begins_at, thaw_step(config, plan))
+        cleanup.callback(lambda: phases.close())
+        engine = cast(Engine, phases)
+        progress = load_weights(engine, prepared, source, frozen=phases.frozen)
         if source is not None:
             forget_another_metric(progress, source, config)
         share = Share(plan.micro_batch, plan.accumulation_steps, world.rank, world.world_size)
@@ -88,6 +93,7 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
             stop,
             progress,
             words,
+            phases,
         ).train()
         ending = Ending(
             config,
@@ -103,33 +109,44 @@ def train_rank(prepared: PreparedRun, store: Store | None) -> None:
         display.say(f"Run folder: {run}")
 
 
-def load_weights(engine: Engine, prepared: PreparedRun) -> tuple[Progress, Source | None]:
-    """Initial values, or those that the run starts from; returns where the loop goes on, and from what. Collective.
+def open_start(prepared: PreparedRun) -> Source | None:
+    """What the run starts from; None for initial values.
 
     Raises:
         CheckpointError: it cannot be read any more.
     """
     plan, start = prepared.plan, prepared.start
     if start.checkpoint is None:
+        return None
+    if start.how == "resume":
+        return open_checkpoint(start.checkpoint)  # its bytes were checked when the run was prepared
+    open_it = open_initial if start.how == "weights" else open_source
+    return open_it(start.checkpoint, plan.model, verified=True)
+
+
+def load_weights(engine: Engine, prepared: PreparedRun, source: Source | None, *, frozen: bool) -> Progress:
+    """Initial values, or those that the run starts from; returns where the loop goes on. Collective.
+
+    Args:
+        source: from `open_start`.
+        frozen: whether the backbone is frozen now.
+    """
+    plan, start = prepared.plan, prepared.start
+    if source is None:
         spec = model_spec(plan.model.kind)
         if isinstance(plan.model, ImageModelShape):
             engine.load(starting_reader(spec, plan.model, plan.seed))
         else:
             engine.load(initial_reader(spec, plan.model, plan.seed))
-        return Progress(), None
-    if start.how == "resume":
-        source: Source = open_checkpoint(start.checkpoint)  # its bytes were checked when the run was prepared
-    else:
-        open_it = open_initial if start.how == "weights" else open_source
-        source = open_it(start.checkpoint, plan.model, verified=True)
+        return Progress()
     if start.how == "weights":
         engine.load(parameters_only(source.read))
-        return Progress(), source
-    engine.load(source.read, source.scalars)
+        return Progress()
+    load_source(engine, source, frozen=frozen)
     progress = progress_of(source)
     if start.how == "load":
         count_anew(progress)
-    return progress, source
+    return progress
 
 
 def count_anew(progress: Progress) -> None:

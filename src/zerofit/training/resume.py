@@ -48,6 +48,8 @@ def check_resumable(folder: Path, manifest: Manifest, config: Config, plan: Plan
     _refuse_another(folder, "global_batch", state["global_batch"], plan.global_batch)
     before, now = _flat(state["config"]), _flat(config.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys(), key=lambda key: (not key.endswith(".kind"), key)):
+        if key.startswith("model.architecture."):
+            continue  # follows from the model's name; its parameters were compared
         if key not in before and key in keys() and now[key] == keys()[key].plain_default:
             continue  # an older version had no such setting
         if not may_change(key) and before.get(key) != now.get(key):

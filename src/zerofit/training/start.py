@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,11 +15,11 @@ from ..checkpoint import retention
 from ..checkpoint.initial import locate_initial
 from ..checkpoint.manifest import MANIFEST, check_same_model, read_manifest, step_name
 from ..config.arguments import Request
-from ..config.durations import parse_duration
+from ..config.durations import ENDLESS_STEPS, parse_duration
 from ..config.image_models import ImageModelShape
 from ..config.images import ImageDataConfig
 from ..config.load import COMMAND_LINE, DEFAULT, ResolvedConfig
-from ..config.models import HuggingFaceConfig
+from ..config.models import HuggingFaceConfig, TimmConfig
 from ..config.schema import Config
 from ..config.stages import check_last_stage
 from ..errors import CheckpointError, ConfigError, DataError
@@ -30,9 +31,11 @@ from ..planning.huggingface import completed
 from ..planning.optimizer_states import checkpoint_bytes_a_parameter
 from ..planning.plan import Plan
 from ..planning.sizes import MIB, format_bytes
+from ..planning.timm_models import described
 from ..planning.translation import print_translation
 from ..tasks import task_of
-from .initial_model import NO_WEIGHTS, with_initial_model
+from .freezing import freezing_words, refuse_nothing_to_keep
+from .initial_model import NO_WEIGHTS, refuse_another_kind, with_initial_model
 from .lock import RunLock, acquire_run
 from .resume import check_resumable
 from .run_folder import choose_folder, write_run_folder
@@ -129,6 +132,9 @@ def with_data(resolved: ResolvedConfig, console: Console) -> ResolvedConfig:
             "model.kind huggingface was asked for, and such models can be planned (`zerofit plan`), not trained yet. "
             "GPT-2's weights train as model.kind gpt2."
         )
+    from .preset_data import refuse_presets_data  # imports NumPy
+
+    refuse_presets_data(resolved)
     task = task_of(resolved.config.model)
     try:
         task.prepare(resolved.config, lambda text: _say(console, text))
@@ -156,10 +162,18 @@ def with_model_of_data(resolved: ResolvedConfig) -> ResolvedConfig:
     config = resolved.config
     decided = task_of(config.model).decided_by_data(config)
     if not decided:
-        return resolved
+        return _with_architecture(resolved)
     origins = {**resolved.origins, **{f"model.{name}": f"data {config.data.path}" for name in decided}}
     model = config.model.model_copy(update=decided)
-    return replace(resolved, config=config.model_copy(update={"model": model}), origins=origins)
+    return _with_architecture(replace(resolved, config=config.model_copy(update={"model": model}), origins=origins))
+
+
+def _with_architecture(resolved: ResolvedConfig) -> ResolvedConfig:
+    """With what timm builds, where the model is one of timm's."""
+    if not isinstance(resolved.config.model, TimmConfig):
+        return resolved
+    config = resolved.config.model_copy(update={"model": described(resolved.config.model)})
+    return replace(resolved, config=config)
 
 
 def _say_classes(console: Console, before: object, resolved: ResolvedConfig) -> None:
@@ -197,10 +211,15 @@ def _without_preset_pictures(resolved: ResolvedConfig) -> ResolvedConfig:
 
 
 def make_plan(config: Config, console: Console) -> tuple[Choice, Hardware]:
-    """Choose for this machine, and print the choice with its warnings."""
+    """Choose for this machine, and print the choice with its warnings.
+
+    Raises:
+        DoesNotFit: nothing fits.
+        ConfigError: the duration ends before a stage does.
+    """
     hardware = probe(config.runs_dir, config.nvme_path)
     choice = choose(config, hardware)
-    print_choice(console, config.model_copy(update={"max_steps": steps_of(config, choice.plan)}), choice)
+    print_choice(console, with_length(config, max_steps=steps_of(config, choice.plan)), choice)
     return choice, hardware
 
 
@@ -228,11 +247,12 @@ def with_duration(resolved: ResolvedConfig, plan: Plan) -> ResolvedConfig:
         return resolved
     steps = steps_of(config, plan)
     if _level(origins["max_steps"]) == _level(origins["duration"]) and steps != config.max_steps:
+        length = f"comes to {steps:,} steps" if steps < ENDLESS_STEPS else "is a time"
         raise ConfigError(
-            f"duration {config.duration} ({origins['duration']}) comes to {steps:,} steps, and max_steps says "
+            f"duration {config.duration} ({origins['duration']}) {length}, and max_steps says "
             f"{config.max_steps:,} ({origins['max_steps']}). A run has one length: keep one of the two."
         )
-    config = _with_length(config, max_steps=steps)
+    config = with_length(config, max_steps=steps)
     return replace(resolved, config=config, origins={**origins, "max_steps": f"duration {config.duration}"})
 
 
@@ -243,12 +263,12 @@ def without_overruled_duration(resolved: ResolvedConfig) -> ResolvedConfig:
         return resolved
     return replace(
         resolved,
-        config=_with_length(config, duration=None),
+        config=with_length(config, duration=None),
         origins={**origins, "duration": f"overruled: {origins['max_steps']}"},
     )
 
 
-def _with_length(config: Config, **length: object) -> Config:
+def with_length(config: Config, **length: object) -> Config:
     """The configuration with another length, which its stages must fit."""
     config = config.model_copy(update=length)
     try:
@@ -277,6 +297,7 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
         request = replace(request, resume="latest")
     _refuse_two_starts(request, resolved)
     folder = choose_folder(resolved, request.default_name, request.resume)
+    _refuse_another_kind(folder, request, resolved)
     resolved = with_initial_model(resolved, resumed=(folder, request.resume) if request.resume else None)
     resolved = with_data(without_overruled_duration(resolved), console)
     choice, hardware = make_plan(resolved.config, console)
@@ -287,6 +308,8 @@ def prepare_run(resolved: ResolvedConfig, request: Request) -> PreparedRun | Non
         if lock is not None:
             _sweep(folder, console)
         start = _checked_start(folder, request, resolved.config, choice.plan, console)
+        if words := freezing_words(resolved.config, choice.plan):
+            _say(console, words)
         _refuse_a_full_disk(folder, resolved.config, choice.plan)
         if lock is None:
             _say(console, f"Dry run: nothing was started. The run folder would be {folder}.")
@@ -317,6 +340,15 @@ def _refuse_two_starts(request: Request, resolved: ResolvedConfig) -> None:
             "--resume and --load-checkpoint were both given: the first goes on with a run in its own folder, the "
             "second starts a new run from a checkpoint. Use one of them."
         )
+
+
+def _refuse_another_kind(folder: Path, request: Request, resolved: ResolvedConfig) -> None:
+    if request.load_checkpoint is not None:
+        refuse_another_kind(resolved, f"--load-checkpoint {request.load_checkpoint}", request.load_checkpoint)
+    elif request.resume is not None and resolved.config.init_from in NO_WEIGHTS:
+        with suppress(CheckpointError):  # said when it is looked for in earnest
+            found = retention.locate(folder, request.resume)
+            refuse_another_kind(resolved, f"--resume {request.resume}: {found}", found)
 
 
 def _sweep(folder: Path, console: Console) -> None:
@@ -367,11 +399,13 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
         return Start(start.how, source.folder if (source.folder / MANIFEST).is_file() else start.checkpoint)
     model = plan.model
     if isinstance(model, ImageModelShape) and (model.pretrained or model.weights_from is not None):
-        from ..checkpoint.pretrained import starting_weights
+        from ..checkpoint.pretrained import published_by, starting_weights
 
         lacking = model.parameter_shapes().keys() - (starting_weights(model) or {}).keys()
         afresh = f"; {', '.join(sorted(lacking))} start afresh" if lacking else ""
-        _say(console, f"Weights from {model.weights_from or 'torchvision'}{afresh}.")
+        _say(console, f"Weights from {model.weights_from or published_by(model)}{afresh}.")
+    else:
+        refuse_nothing_to_keep(model)
     return start
 
 

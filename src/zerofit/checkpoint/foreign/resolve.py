@@ -83,6 +83,12 @@ def resolve(contents: Contents, model: ModelConfig | None) -> Foreign:
 
 def _architecture(contents: Contents, model: ModelConfig | None) -> Architecture:
     if model is not None:
+        if model.kind not in ARCHITECTURES:
+            raise CheckpointError(
+                f"{contents.folder} ({contents.what}) was written by another program, and the configuration is of a "
+                f"{model.kind}: such files are read for {', '.join(ARCHITECTURES)}. A classifier starts from another "
+                f"program's state dict with model.weights_from FILE."
+            )
         return ARCHITECTURES[model.kind]
     architecture = recognized(contents.tensors[PARAMETER])
     if architecture is not None:
