@@ -17,12 +17,13 @@ from zerofit.data.images import loader as loader_module
 from zerofit.data.images import readers
 from zerofit.data.images.ahead import Ahead
 from zerofit.data.images.dataset import ImageDataset, open_images
+from zerofit.data.images.file_bytes import FileBytes
 from zerofit.data.images.gpu_files import GpuFilesReader, nvjpeg
 from zerofit.data.images.loader import ImageEvaluation, ImageLoader, ReadPlan
 from zerofit.data.images.readers import CacheReader
 from zerofit.data.loader import IGNORE, Share
 from zerofit.data.prepare.images import prepare_images
-from zerofit.errors import DataError
+from zerofit.errors import DataError, ZerofitError
 from zerofit.types import Batch
 
 CPU = torch.device("cpu")
@@ -166,6 +167,55 @@ def test_large_files_are_shrunk_and_bad_ones_go_to_pillow(prepared: Path) -> Non
     reader.close()
     for number, pixels, (height, width, _) in zip(dataset.numbers, canvas, sizes.tolist(), strict=True):
         assert (pixels[:height, :width].numpy() == dataset.store.pixels(int(number))).all()
+
+
+def _read(files: FileBytes, parts: list[np.ndarray]) -> list[bytes]:  # type: ignore[type-arg]
+    """Every file's bytes, in order."""
+    found = []
+    for data, lengths in files.pieces(iter(parts)):
+        assert len(data) == sum(lengths)
+        ends = np.cumsum(lengths)
+        found += [data[end - length : end].tobytes() for end, length in zip(ends.tolist(), lengths, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 10])  # in shared memory, and through the pipe
+def test_processes_read_files_in_order_again_and_after_a_break(prepared: Path, piece_bytes: int) -> None:
+    store = _dataset(prepared).store
+    parts = [np.arange(first, min(first + 3, len(store.index))) for first in range(0, len(store.index), 3)]
+    true = [
+        Path(path).read_bytes() if record["plain_jpeg"] else store.pixels(number).tobytes()
+        for number, (path, record) in enumerate(zip(store.paths, store.index, strict=True))
+    ]
+    assert _read(FileBytes(store, 0, 2, piece_bytes), parts) == true
+    files = FileBytes(store, 2, 2, piece_bytes)
+    assert _read(files, parts) == true
+    broken_off = files.pieces(iter(parts))
+    next(broken_off)
+    broken_off.close()
+    assert _read(files, parts[::-1]) == [data for part in parts[::-1] for data in (true[n] for n in part)]
+    processes = [process for process, _, _ in files._started]
+    files.close()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_a_process_that_cannot_read_or_dies_is_told(prepared: Path, tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "in", each=4)
+    config = ImageDataConfig(kind="images", path=tmp_path / "out", prepare=(str(root),), cache_size=16)
+    prepare_images(config, workers=1)
+    store = _dataset(tmp_path / "out").store
+    gone = Path(store.paths[1])
+    gone.unlink()
+    files = FileBytes(store, 1, 2, 1 << 20)
+    with pytest.raises(DataError, match=r"jpg cannot be read any more \(No such file"):
+        _read(files, [np.array([0]), np.array([1]), np.array([2])])
+    assert len(_read(files, [np.array([0]), np.array([2])])) == 2
+    pieces = files.pieces(iter([np.array([0])] * 9))
+    next(pieces)
+    files._started[0][0].kill()
+    with pytest.raises(ZerofitError, match=r"A process that reads pictures died .*Lower data\.num_workers"):
+        list(pieces)
+    files.close()
 
 
 def test_nvjpeg_is_none_where_there_is_none() -> None:

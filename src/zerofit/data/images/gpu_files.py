@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from itertools import tee
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...errors import DataError
 from ...kernels.triton_use import agrees, use_triton
 from ..order import Indices
 from .decode import MAX_ASPECT, import_pillow
-from .readers import decode_file, in_processes, parts
+from .file_bytes import FileBytes, decode_here
+from .readers import parts
 from .store import ImageStore
 
 _log = logging.getLogger(__name__)
 
 #: Files that a process hands over together, and bytes above which it hands over fewer.
-READ_TOGETHER, READ_BYTES = 64, 8 << 20
+READ_TOGETHER, READ_BYTES = 64, 4 << 20
 #: Processes that keep up with a GPU's decoder when they only read; decoding what is no JPEG takes all that there are.
 READING_PROCESSES = 4
 #: Bytes of a picture from which the kernel's 32-bit distances end.
@@ -78,30 +77,41 @@ class GpuFilesReader:
     Args:
         decoder: see `nvjpeg`.
         workers: processes; 0 reads here.
-        prefetch_factor: pieces that a process reads ahead; they lie in shared memory.
+        prefetch_factor: pieces that a process reads ahead.
     """
 
     def __init__(
         self, store: ImageStore, device: torch.device, decoder: GpuDecoder, workers: int, prefetch_factor: int = 2
     ) -> None:
-        self.store, self.device, self.decoder, self.prefetch_factor = store, device, decoder, prefetch_factor
+        self.store, self.device, self.decoder = store, device, decoder
         only_jpegs = bool(store.index["plain_jpeg"].all())
-        self.workers = min(workers, READING_PROCESSES) if only_jpegs else workers
+        self._files = FileBytes(
+            store, min(workers, READING_PROCESSES) if only_jpegs else workers, prefetch_factor, READ_BYTES
+        )
+        self._buffers: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self.size = int(store.meta["request"]["cache_size"])
         self._in_use: tuple[Any, object] = (None, None)
         self._told = False
 
     def batches(self, numbers: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
         wanted, asked = tee(numbers)
-        together = min(max(READ_BYTES // max(self.store.mean_file_bytes, 1), 1), READ_TOGETHER)
-        all_parts = (part for batch in asked for part in parts(batch, together))
-        pieces = in_processes(_Bytes(self.store), all_parts, self.workers, self.prefetch_factor)
-        for batch in wanted:
+        room = READ_BYTES * 3 // 4  # files differ in size
+        together = min(max(room // max(self.store.mean_file_bytes, 1), 1), READ_TOGETHER)
+        pieces = self._files.pieces(part for batch in asked for part in parts(batch, together))
+        for turn, batch in enumerate(wanted):
             encoded = []
-            for part in parts(batch, together):
+            for place, part in enumerate(parts(batch, together)):
                 data, lengths = next(pieces)
-                encoded += self._pixels_sent(part, data, lengths)
+                encoded += self._pixels_sent(part, self._copied(data, turn % 2, place), lengths)
             yield self._decode(batch, encoded)
+
+    def _copied(self, data: NDArray[np.uint8], turn: int, place: int) -> Tensor:
+        """In memory of this reader, which is used again two batches later, when the device has done with it."""
+        buffer = self._buffers.get((turn, place))
+        if buffer is None or len(buffer) < len(data):
+            buffer = self._buffers[turn, place] = np.empty(len(data) * 5 // 4, np.uint8)
+        buffer[: len(data)] = data
+        return torch.from_numpy(buffer[: len(data)])
 
     def _pixels_sent(self, numbers: Indices, data: Tensor, lengths: list[int]) -> list[Tensor]:
         """A JPEG's bytes, (n,) uint8 on the CPU; the pixels of anything else, (3, H, W) on the device."""
@@ -163,36 +173,9 @@ class GpuFilesReader:
             return None
 
     def close(self) -> None:
-        """Processes end with their iterator."""
+        """End the processes."""
+        self._files.close()
         self._in_use = (None, None)
-
-
-class _Bytes(torch.utils.data.Dataset[tuple[Tensor, list[int]]]):
-    """What a process does: some files' bytes in one tensor, and how many each has; pixels of what is no JPEG."""
-
-    def __init__(self, store: ImageStore) -> None:
-        self.store = store
-
-    def __getitems__(self, numbers: Indices) -> tuple[Tensor, list[int]]:
-        found = []
-        for number in numbers.tolist():
-            if not self.store.index[number]["plain_jpeg"]:
-                found.append(decode_here(self.store, number).reshape(-1))
-                continue
-            path = self.store.paths[number]
-            try:
-                found.append(np.frombuffer(Path(path).read_bytes(), np.uint8))
-            except OSError as error:
-                raise DataError(f"{path} cannot be read any more ({error.strerror}).") from error
-        return torch.from_numpy(np.concatenate(found)), [len(data) for data in found]
-
-
-def decode_here(store: ImageStore, number: int) -> NDArray[np.uint8]:
-    """(height, width, 3), as the cache would hold it."""
-    record = store.index[number]
-    pixels = np.empty((int(record["height"]), int(record["width"]), 3), np.uint8)
-    decode_file(store, number, pixels)
-    return pixels
 
 
 def lay_out(

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import tee
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,16 +17,13 @@ from torch import Tensor
 
 from ...errors import DataError, ZerofitError
 from ..order import Indices
-from .decode import BadPicture, Limits, decode, find_resize
+from .file_bytes import decode_file
 from .store import ImageStore
 
 T = TypeVar("T")
 
 #: Pictures that a thread copies at least, and that a process decodes.
 COPIED_TOGETHER, DECODED_TOGETHER = 16, 32
-
-#: What the accepted files were checked with no longer matters when they are read again.
-ANYTHING = Limits(min_side=1, max_pixels=1 << 62)
 
 
 class Reader(Protocol):
@@ -204,27 +200,6 @@ class _Files(torch.utils.data.Dataset[Tensor]):
         for number, pixels in zip(numbers.tolist(), canvas.numpy(), strict=True):
             decode_file(self.store, number, pixels)
         return canvas
-
-
-def decode_file(store: ImageStore, number: int, out: np.ndarray[Any, Any]) -> None:
-    """Decode a file into the upper left of `out` (H, W, 3), as the cache would hold it.
-
-    Raises:
-        DataError: the file has changed since it was prepared.
-        MissingDependency: what shrank the cache's pictures is not installed.
-    """
-    path, record = store.paths[number], store.index[number]
-    try:
-        size, resize = store.meta["request"]["cache_size"], find_resize(store.meta["resize"])
-        pixels = decode(Path(path).read_bytes(), size, ANYTHING, resize).pixels
-    except (OSError, BadPicture) as error:
-        raise DataError(
-            f"{path} cannot be read any more ({error}). Prepare the pictures again with --force."
-        ) from error
-    height, width = int(record["height"]), int(record["width"])
-    if pixels.shape[:2] != (height, width):
-        raise DataError(f"{path} has changed since it was prepared. Prepare the pictures again with --force.")
-    out[:height, :width] = pixels
 
 
 def _as_is(batch: Any) -> Any:
