@@ -90,17 +90,17 @@ class CacheReader:
         """Pictures into the upper left of their canvases; the rest is left as is."""
         records = self.store.index[numbers]
         places = zip(*(records[name].tolist() for name in ("shard", "offset", "height", "width")), strict=True)
-        rows, whole = canvas.flatten(2).unbind(), canvas.flatten(1).unbind()
-        sources, targets = [], []
+        full_height, full_width = canvas.shape[1:3]
+        whole, sources, targets = canvas.flatten(1).unbind(), [], []
         for place, (shard, offset, height, width) in enumerate(places):
             size = height * width * 3
             pixels = self._shards[shard][offset : offset + size]
-            if width == canvas.shape[2]:  # one piece
+            if width == full_width:  # one piece; every view costs a microsecond under the lock
                 sources.append(pixels)
-                targets.append(whole[place][:size])
+                targets.append(whole[place] if height == full_height else whole[place][:size])
             else:
                 sources.append(pixels.view(height, -1))
-                targets.append(rows[place][:height, : width * 3])
+                targets.append(whole[place].view(full_height, -1)[:height, : width * 3])
         torch._foreach_copy_(targets, sources)
 
     def close(self) -> None:
