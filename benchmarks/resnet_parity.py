@@ -146,7 +146,7 @@ def reference(source: Path, seed: int) -> dict[str, Any]:
 
 
 def torchvision_resnet18(classes: int) -> torch.nn.Module:
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and "torchvision" not in sys.modules:
         for name in ("nms", "qnms"):
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import torchvision
