@@ -229,6 +229,31 @@ def test_every_strategy_trains_the_same(strategy: str, name: str, tmp_path: Path
     assert later == again
 
 
+def compiled_and_evaluated(world: World, plan: Plan) -> list[float]:
+    """A step, two evaluations as written, logits; with what the compiler would make replaced by the function itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: lambda *args, **kwargs: function(*args, **kwargs))
+        engine: Any = build(plan, model_spec("timm"), world)
+    engine.load(initial_reader(model_spec("timm"), plan.model, plan.seed))
+    batch = window(plan, 0, world.rank)[:1]
+    found = [engine.train_step(window(plan, 0, world.rank), LR, 0).read().loss]
+    found += [engine.eval_step(batch, compiled=way).read()["loss"].total for way in (False, True, False)]
+    found.append(engine.predict(Batch({"images": batch[0].inputs["images"]}, 1)).float().sum().item())
+    engine.close()
+    return found
+
+
+@needs_timm
+def test_a_compiled_model_is_evaluated_as_written_under_fsdp2() -> None:
+    """timm's models take targets by a forward function of their own, not their class's."""
+    reference, compiled = (
+        run(1, compiled_and_evaluated, make_plan("test_vit", strategy, 1, compile=compile))[0]
+        for strategy, compile in (("single", False), ("fsdp2", True))
+    )
+    assert compiled == pytest.approx(reference, rel=1e-4)
+    assert compiled[1] == compiled[2] == compiled[3]
+
+
 def frozen_then_whole(world: World, plan: Plan, root: Path) -> list[float]:
     spec = model_spec("timm")
     engine: Any = PhasedEngine(plan, spec, world, 0, FROZEN)
