@@ -203,6 +203,21 @@ def test_a_whole_network_starts_its_optimizer_afresh_and_the_frozen_one_goes_on(
     assert counted == [1, 2, 1, 2]
 
 
+def test_what_keeps_the_whole_network_from_being_built_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And not that there is no engine to close."""
+    plan = make_plan("single", 1, model=MODEL.model_copy(update={"freeze_epochs": 1}))
+    engine: Any = PhasedEngine(plan, SPEC, World(0, 1, 0, torch.device("cpu")), 0, FROZEN)
+    engine.load(initial_reader(SPEC, plan.model, plan.seed))
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("the GPU is full")
+
+    monkeypatch.setattr("zerofit.training.phases.build", full)
+    with pytest.raises(torch.OutOfMemoryError, match="the GPU is full"):
+        engine.thaw(None)
+    engine.close()
+
+
 def test_freezing_saves_the_memory_that_the_planner_says() -> None:
     """Differences, because a process on the CPU holds a constant beside what is planned."""
     whole = phased_plan("single", 1)
