@@ -27,8 +27,11 @@ from zerofit.checkpoint.store import open_checkpoint
 from zerofit.config.load import load_config
 from zerofit.config.models import TimmConfig
 from zerofit.engines.build import build
+from zerofit.engines.common import build_model
+from zerofit.engines.fsdp import _meta_model
 from zerofit.errors import CheckpointError, ConfigError, MissingDependency
 from zerofit.models import model_spec
+from zerofit.models.timm_models import import_timm
 from zerofit.planning.memory import predict_memory, state_bytes
 from zerofit.planning.plan import Plan
 from zerofit.planning.timm_models import described
@@ -130,6 +133,28 @@ def test_half_precision_keeps_statistics_in_fp32(name: str) -> None:
     (found,) = run(1, train, make_plan(name, "single", 1, precision="bf16"))
     (reference,) = run(1, train, make_plan(name, "single", 1))
     assert_close(found[0], reference[0], 5e-2, 0.5)
+
+
+@needs_timm
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_no_checkpoint_holds_has_timms_values(device: str) -> None:
+    """BEiT's, EVA-02's and Swin v2's attention has a bias that is a buffer of zeros, filled after it was made; under
+    FSDP2 the model is made on the meta device."""
+    timm = import_timm()
+    model = described(TimmConfig(name="eva02_tiny_patch14_224", num_classes=5, input_size=224))
+    plan = make_plan("", "fsdp2" if device == "meta" else "single", 1, model=model)
+    torch.use_deterministic_algorithms(True)  # what is not filled is NaN
+    try:
+        if device == "meta":
+            built = _meta_model(plan, model_spec("timm"), torch.device("cpu"))
+        else:
+            built = build_model(plan, model_spec("timm"), torch.device("cpu"))
+        wanted = dict(timm.create_model("eva02_tiny_patch14_224", num_classes=5).named_buffers())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "blocks.0.attn.k_bias" in wanted
+    for name, buffer in built.named_buffers():
+        assert torch.equal(buffer, wanted[name]), name
 
 
 @needs_timm
