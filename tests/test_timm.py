@@ -31,7 +31,7 @@ from zerofit.engines.common import build_model
 from zerofit.engines.fsdp import _meta_model
 from zerofit.errors import CheckpointError, ConfigError, MissingDependency
 from zerofit.models import model_spec
-from zerofit.models.timm_models import import_timm
+from zerofit.models.timm_models import create, import_timm
 from zerofit.planning.memory import predict_memory, state_bytes
 from zerofit.planning.plan import Plan
 from zerofit.planning.timm_models import described
@@ -181,6 +181,14 @@ def test_a_model_that_timm_lacks_and_pictures_that_it_refuses_are_named() -> Non
         described(TimmConfig(name="resnet81", num_classes=5, input_size=32))
     with pytest.raises(ConfigError, match="drop_path_rate"):
         described(TimmConfig(name="vgg11", num_classes=5, input_size=32, drop_path_rate=0.1))
+
+
+@needs_timm
+@pytest.mark.parametrize(("rate", "found"), [(None, 0.1), (0.0, 0.0), (0.2, 0.2)])
+def test_stochastic_depth_is_the_models_own_or_what_was_asked_for(rate: float | None, found: float) -> None:
+    model = create(TimmConfig(name="swin_tiny_patch4_window7_224", num_classes=5, input_size=224, drop_path_rate=rate))
+    last = model.layers[-1].blocks[-1]
+    assert getattr(last.drop_path1, "drop_prob", 0.0) == pytest.approx(found)
 
 
 @needs_timm
