@@ -124,6 +124,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     pictures = sum(prepared.samples.values())
     return {
         "images": pictures, "seconds": seconds, "images_per_second": pictures / seconds,
+        "resize": json.loads((config.path / "meta.json").read_text())["resize"],
         "cache_bytes": prepared.cache_bytes, "skipped": len(prepared.skipped),
         "again_seconds": time.perf_counter() - started,
     }  # fmt: skip
@@ -156,23 +157,37 @@ def open_loader(args: argparse.Namespace, read: str) -> tuple[Any, str]:
     return loader, type(loader._reader).__name__
 
 
-def zerofit_batches(args: argparse.Namespace, read: str, *, augment: bool) -> tuple[Generator[Any, None, None], str]:
-    """Endless (images, targets), and what decodes."""
+def zerofit_batches(
+    args: argparse.Namespace, read: str, *, augment: bool
+) -> tuple[Generator[Any, None, None], str, list[tuple[float, float]]]:
+    """Endless (images, targets); what decodes; and, as it goes, the seconds that each batch was waited for and that
+    its augmentation took to start."""
     from zerofit.data.augment import Augment
 
     loader, decoder = open_loader(args, read)
     transform = Augment(settings(args), train=True, channels_last=True)
+    times: list[tuple[float, float]] = []
 
     def batches() -> Generator[Any, None, None]:
         try:
             for step in itertools.count():
+                asked = time.perf_counter()
                 (batch,) = loader.window(step)
+                came = time.perf_counter()
                 inputs = transform(batch.inputs) if augment else batch.inputs
+                times.append((came - asked, time.perf_counter() - came))
                 yield inputs["images"], inputs["targets"]
         finally:
             loader.close()
 
-    return batches(), decoder
+    return batches(), decoder, times
+
+
+def median_milliseconds(times: list[tuple[float, float]]) -> dict[str, float]:
+    """Of the later half of the batches: how long the consuming thread waited, and started the augmentation."""
+    late = times[len(times) // 2 :]
+    names = ("wait_milliseconds", "augment_host_milliseconds")
+    return {name: 1e3 * statistics.median(column) for name, column in zip(names, zip(*late, strict=True), strict=True)}
 
 
 def torchvision_batches(args: argparse.Namespace) -> Iterator[Any]:
@@ -230,8 +245,9 @@ def pipeline_alone(args: argparse.Namespace) -> dict[str, Any]:
         return measure(args, lambda: next(source))
     found: dict[str, Any] = {}
     for name, augment in (("read", False), ("read_and_augment", True)):
-        source, found["reader"] = zerofit_batches(args, args.case, augment=augment)
+        source, found["reader"], times = zerofit_batches(args, args.case, augment=augment)
         found[name] = measure(args, lambda source=source: next(source))  # type: ignore[misc]
+        found[name] |= median_milliseconds(times)
         source.close()
     found["images_per_second"] = found["read_and_augment"]["images_per_second"]
     return found
@@ -319,13 +335,14 @@ def train_random(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_fed(args: argparse.Namespace) -> dict[str, Any]:
-    source, decoder = (
-        (torchvision_batches(args), "torchvision")
-        if args.case == "train_torchvision"
-        else zerofit_batches(args, args.case.removeprefix("train_"), augment=True)
-    )
     step = train_step(args)
-    return {"reader": decoder, **measure(args, lambda: step(*next(source)))}
+    if args.case == "train_torchvision":
+        usual = torchvision_batches(args)
+        return {"reader": "torchvision", **measure(args, lambda: step(*next(usual)))}
+    source, decoder, times = zerofit_batches(args, args.case.removeprefix("train_"), augment=True)
+    found = measure(args, lambda: step(*next(source)))
+    source.close()
+    return {"reader": decoder, **found, **median_milliseconds(times)}
 
 
 if __name__ == "__main__":

@@ -42,14 +42,14 @@ def test_auto_records_what_waits_for_the_host_and_nothing_else() -> None:
     assert not _plan(gpus=2).cuda_graphs
     large = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024, "vocab_size": 50257}
     assert not _plan(memory="141GiB", model=large, global_batch=32, micro_batch=8).cuda_graphs
-    assert not _plan(memory="3GiB", micro_batch=64, activation_checkpointing="none").cuda_graphs
+    assert not _plan(memory="2600MiB", micro_batch=64, activation_checkpointing="none").cuda_graphs
 
 
 def test_a_recorded_plan_is_faster_and_needs_the_recording_s_memory() -> None:
     recorded = _plan()
     eager = recorded.model_copy(update={"cuda_graphs": False})
     of_recorded, of_eager = predict_memory(recorded), predict_memory(eager)
-    assert of_recorded.reserved_bytes > 1.5 * of_eager.reserved_bytes
+    assert of_recorded.reserved_bytes > 1.2 * of_eager.reserved_bytes
     assert of_recorded.allocated_bytes == pytest.approx(of_eager.allocated_bytes, rel=0.1)
     assert recorded.prediction is not None
     assert recorded.state_bytes["gradients"] == 2 * recorded.parameters

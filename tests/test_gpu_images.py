@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pictures import write_folder
 from zerofit.config.images import AugmentConfig, ImageDataConfig
+from zerofit.data import augment as augment_module
 from zerofit.data.augment import Augment
+from zerofit.data.images import gpu_files
 from zerofit.data.images.dataset import open_images
+from zerofit.data.images.gpu_files import GpuFilesReader, nvjpeg
 from zerofit.data.images.loader import ImageLoader, ReadPlan
-from zerofit.data.images.readers import GpuFilesReader, nvjpeg
 from zerofit.data.loader import Share
 from zerofit.data.prepare.images import prepare_images
 
@@ -76,3 +79,47 @@ def test_nvjpeg_gives_pillow_s_pictures(config: ImageDataConfig) -> None:
     for one, other in zip(cached, _windows(config, ReadPlan("files", device=GPU)), strict=True):
         difference = (transform(one)["images"] - transform(other)["images"]).abs()
         assert difference.mean() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_crop_s_kernels_are_used_and_agree(config: ImageDataConfig, dtype: torch.dtype) -> None:
+    assert augment_module._kernels_agree(GPU)
+    inputs = _windows(config, ReadPlan(), steps=1)[0]
+    here = Augment(config, train=True)(inputs)["images"]
+    there = {name: tensor.to(GPU) for name, tensor in inputs.items()}
+    found = Augment(config, train=True, dtype=dtype, channels_last=True)(there)["images"]
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found.cpu().float() - here).abs().max() <= 2.8 * torch.finfo(dtype).eps + 1e-3
+    # A canvas of planes, and more than one tile of the kernel.
+    there["images"] = there["images"].contiguous()
+    larger = config.model_copy(update={"image_size": 70, "eval_resize": 80})
+    planes, again = (Augment(larger, train=False)(one)["images"].cpu() for one in (there, inputs))
+    assert (planes - again).abs().max() < 0.01
+
+
+def test_the_layout_s_kernel_is_used_and_agrees() -> None:
+    assert gpu_files._kernel_agrees(GPU)
+    random = torch.Generator().manual_seed(0)
+    shapes = [(150, 221), (221, 150), (400, 300), (90, 400), (33, 33), (64, 20), (300, 301), (7, 9)]
+    pictures = [torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=random) for shape in shapes]
+    turns = np.arange(1, 9)
+    found, sizes = gpu_files.lay_out_with_triton([picture.to(GPU) for picture in pictures], turns, 128, GPU)
+    true, true_sizes = gpu_files.lay_out_with_torch(pictures, turns, 128, torch.device("cpu"))
+    assert sizes.tolist() == true_sizes.tolist()
+    for one, other, (height, width, _) in zip(found.cpu(), true, sizes.tolist(), strict=True):
+        assert (one[:, :height, :width].int() - other[:, :height, :width].int()).abs().max() <= 1
+
+
+def test_decoded_pictures_stay_until_they_are_laid_out(config: ImageDataConfig) -> None:
+    """Many batches one after another, each into the memory of those before it."""
+    decoder = nvjpeg(GPU)
+    if decoder is None:
+        pytest.skip("torchvision does not decode on this GPU")
+    dataset = open_images(config.path, "train", 3)
+    reader = gpu_files.GpuFilesReader(dataset.store, GPU, decoder, workers=0)
+    same = dataset.numbers[dataset.store.index["source_width"][dataset.numbers] == 100]  # so that canvases are filled
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        sums = [(canvas * 1.0).sum((1, 2, 3)) for canvas, _ in reader.batches([same] * 40)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, sums[0]) for one in sums)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from zerofit.data.images import loader as loader_module
 from zerofit.data.images import readers
 from zerofit.data.images.ahead import Ahead
 from zerofit.data.images.dataset import ImageDataset, open_images
+from zerofit.data.images.file_bytes import FileBytes
+from zerofit.data.images.gpu_files import GpuFilesReader, nvjpeg
 from zerofit.data.images.loader import ImageEvaluation, ImageLoader, ReadPlan
-from zerofit.data.images.readers import GpuFilesReader, nvjpeg
+from zerofit.data.images.readers import CacheReader
 from zerofit.data.loader import IGNORE, Share
 from zerofit.data.prepare.images import prepare_images
-from zerofit.errors import DataError
+from zerofit.errors import DataError, ZerofitError
 from zerofit.types import Batch
 
 CPU = torch.device("cpu")
@@ -133,7 +136,7 @@ def _with_pillow(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def test_a_gpu_s_decoder_gives_upright_pictures_in_full_size(prepared: Path) -> None:
     dataset = _dataset(prepared)
-    reader = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=2)
+    reader = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=0)
     ((canvas, sizes),) = reader.batches([dataset.numbers])
     reader.close()
     assert canvas.shape == (len(dataset.numbers), 30, 40, 3)  # 50 x 50 is above twice 24, and was shrunk
@@ -150,7 +153,7 @@ def test_a_gpu_s_decoder_gives_upright_pictures_in_full_size(prepared: Path) -> 
 def test_large_files_are_shrunk_and_bad_ones_go_to_pillow(prepared: Path) -> None:
     dataset = _dataset(prepared)
     dataset.store.meta["request"]["cache_size"] = 10
-    reader = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=2)
+    reader = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=1)
     ((_, sizes),) = reader.batches([dataset.numbers[dataset.labels < 2]])
     assert set(sizes[:, 0].tolist()) == {10}
     dataset.store.meta["request"]["cache_size"] = 24
@@ -164,6 +167,55 @@ def test_large_files_are_shrunk_and_bad_ones_go_to_pillow(prepared: Path) -> Non
     reader.close()
     for number, pixels, (height, width, _) in zip(dataset.numbers, canvas, sizes.tolist(), strict=True):
         assert (pixels[:height, :width].numpy() == dataset.store.pixels(int(number))).all()
+
+
+def _read(files: FileBytes, parts: list[np.ndarray]) -> list[bytes]:  # type: ignore[type-arg]
+    """Every file's bytes, in order."""
+    found = []
+    for data, lengths in files.pieces(iter(parts)):
+        assert len(data) == sum(lengths)
+        ends = np.cumsum(lengths)
+        found += [data[end - length : end].tobytes() for end, length in zip(ends.tolist(), lengths, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 20, 10])  # in shared memory, and through the pipe
+def test_processes_read_files_in_order_again_and_after_a_break(prepared: Path, piece_bytes: int) -> None:
+    store = _dataset(prepared).store
+    parts = [np.arange(first, min(first + 3, len(store.index))) for first in range(0, len(store.index), 3)]
+    true = [
+        Path(path).read_bytes() if record["plain_jpeg"] else store.pixels(number).tobytes()
+        for number, (path, record) in enumerate(zip(store.paths, store.index, strict=True))
+    ]
+    assert _read(FileBytes(store, 0, 2, piece_bytes), parts) == true
+    files = FileBytes(store, 2, 2, piece_bytes)
+    assert _read(files, parts) == true
+    broken_off = files.pieces(iter(parts))
+    next(broken_off)
+    broken_off.close()
+    assert _read(files, parts[::-1]) == [data for part in parts[::-1] for data in (true[n] for n in part)]
+    processes = [process for process, _, _ in files._started]
+    files.close()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_a_process_that_cannot_read_or_dies_is_told(prepared: Path, tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "in", each=4)
+    config = ImageDataConfig(kind="images", path=tmp_path / "out", prepare=(str(root),), cache_size=16)
+    prepare_images(config, workers=1)
+    store = _dataset(tmp_path / "out").store
+    gone = Path(store.paths[1])
+    gone.unlink()
+    files = FileBytes(store, 1, 2, 1 << 20)
+    with pytest.raises(DataError, match=r"jpg cannot be read any more \(No such file"):
+        _read(files, [np.array([0]), np.array([1]), np.array([2])])
+    assert len(_read(files, [np.array([0]), np.array([2])])) == 2
+    pieces = files.pieces(iter([np.array([0])] * 9))
+    next(pieces)
+    files._started[0][0].kill()
+    with pytest.raises(ZerofitError, match=r"A process that reads pictures died .*Lower data\.num_workers"):
+        list(pieces)
+    files.close()
 
 
 def test_nvjpeg_is_none_where_there_is_none() -> None:
@@ -205,6 +257,32 @@ def test_a_changed_file_stops_the_loader(tmp_path: Path, workers: int) -> None:
     with pytest.raises(DataError, match=r"^\S+jpg cannot be read any more \(empty file\)[^\n]*$"):
         loader.window(0)
     loader.close()
+
+
+def test_copying_threads_are_single_and_others_stay_as_they_are(prepared: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        reader = CacheReader(_dataset(prepared).store, 4, pin=False)
+        assert [reader._pool.submit(torch.get_num_threads).result() for _ in range(8)] == [1] * 8
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as another:
+            assert another.submit(torch.get_num_threads).result() == 3
+        reader.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pictures_narrower_than_the_canvas_and_many_threads(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "COPIED_TOGETHER", 1)
+    dataset = _dataset(prepared)
+    reader = CacheReader(dataset.store, 3, pin=False)
+    canvas = reader.read(dataset.numbers)
+    reader.close()
+    for number, pixels in zip(dataset.numbers.tolist(), canvas.numpy(), strict=True):
+        kept = dataset.store.pixels(number)
+        assert (pixels[: kept.shape[0], : kept.shape[1]] == kept).all()
+    assert len({dataset.store.pixels(number).shape for number in dataset.numbers.tolist()}) > 2
 
 
 def test_default_workers_are_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

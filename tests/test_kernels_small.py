@@ -89,6 +89,7 @@ def test_convolution_in_triton(
     true = conv_grads(x, weight, bias, grad)
     close(interpreted.conv_forward(x, weight, bias), true[0], dtype)
     found = interpreted.conv_backward(grad, x, weight, bias)
+    assert found[1].untyped_storage().data_ptr() != found[2].untyped_storage().data_ptr()
     for one, other in zip(found, true[1:], strict=False):
         close(one, other, dtype)
 

@@ -4,9 +4,10 @@ Every random number comes from a sample's key (`zerofit.data.order.sample_keys`)
 index): the number of ranks, the micro-batch and a resume change nothing. No generator is used, and nothing waits for
 the device.
 
-The crop is resampled by two small matrix products a picture, one for rows and one for columns, whose entries are
-Pillow's triangle filter: as it shrinks it averages, like torchvision's Resize on Pillow images, and unlike a grid
-sample. 0.2 GFLOP a picture of 256 x 341 to 224 x 224, which tensor cores hardly notice.
+The crop is resampled with Pillow's triangle filter: as it shrinks it averages, like torchvision's Resize on Pillow
+images, and unlike a grid sample. On a GPU with Triton that is one kernel from uint8 to the normalised batch, and
+another draws the crops (`zerofit.kernels.pictures_triton`); elsewhere two small matrix products a picture, one for rows
+and one for columns, 0.2 GFLOP from 256 x 341 to 224 x 224.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,9 +24,13 @@ from torch.nn import functional
 
 from ..config.images import AugmentConfig, ImageDataConfig
 from ..errors import ConfigError
+from ..kernels.triton_use import agrees, use_triton
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+#: Of 0 .. 255: normalised is pixel * SCALE + OFFSET, a channel each.
+SCALE = tuple(1 / (255 * std) for std in IMAGENET_STD)
+OFFSET = tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
 #: Draws of a crop's area and shape before the centre is taken, as in torchvision's RandomResizedCrop.
 CROP_TRIES = 10
 
@@ -84,7 +90,7 @@ class Augment:
         num_classes: for MixUp and CutMix, whose targets are probabilities.
         dtype: of the result.
         channels_last: memory format of the result.
-        compile: compile the filter's arithmetic, a dozen passes over memory in eager mode.
+        compile: compile the filter's arithmetic where Triton's kernel is not used: a dozen passes over memory.
     """
 
     def __init__(
@@ -109,26 +115,48 @@ class Augment:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``images`` (B, 3, image_size, image_size), normalised; ``targets`` (B,) int64, or (B, num_classes) float32
         where pictures are mixed (rows of padding are 0)."""
-        seeds, targets = inputs["seeds"], inputs["targets"]
-        lying = inputs["sizes"]
-        transposed = lying[:, 2].bool()
-        height = torch.where(transposed, lying[:, 1], lying[:, 0]).float()
-        width = torch.where(transposed, lying[:, 0], lying[:, 1]).float()
-        if self.train:
-            box = random_boxes(uniforms(seeds, 4 * CROP_TRIES, CROP), height, width, self.augment)
-            flip = uniforms(seeds, 1, FLIP)[:, 0] < self.augment.flip
+        seeds, targets, images, lying = (inputs[name] for name in ("seeds", "targets", "images", "sizes"))
+        fused = len(images) > 0 and use_triton(images) and _kernels_agree(images.device)
+        if fused:
+            images = self._crop_with_triton(images, lying, *self._boxes_with_triton(seeds, lying))
         else:
-            box = centre_boxes(height, width, self.config.image_size, self.config.eval_resize)
-            flip = None
-        images = self.crop(inputs["images"], lying, transposed, box, flip)
+            transposed, box, flip = self._boxes(seeds, lying)
+            images = self.crop(images, lying, transposed, box, flip)
         if self.train and self.augment.changes_colour:
             from .augment_colour import change_colours
 
             images = change_colours(images.float().div_(255).clamp_(0, 1), seeds, self.augment).mul_(255)
-        images = self._normalised(images)
+            images = self._normalised(images)
+        elif not fused:
+            images = self._normalised(images)
         if self.train and self.augment.mixes:
             return mix(images, targets, seeds, self.augment, self.num_classes)
         return {"images": images, "targets": targets}
+
+    def _boxes(self, seeds: Tensor, lying: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(transposed, boxes, mirrored) as `crop` takes them."""
+        transposed = lying[:, 2].bool()
+        height = torch.where(transposed, lying[:, 1], lying[:, 0]).float()
+        width = torch.where(transposed, lying[:, 0], lying[:, 1]).float()
+        if not self.train:
+            return transposed, centre_boxes(height, width, self.config.image_size, self.config.eval_resize), None
+        box = random_boxes(uniforms(seeds, 4 * CROP_TRIES, CROP), height, width, self.augment)
+        return transposed, box, uniforms(seeds, 1, FLIP)[:, 0] < self.augment.flip
+
+    def _boxes_with_triton(self, seeds: Tensor, lying: Tensor) -> tuple[Tensor, Tensor | None]:
+        return draw_with_triton(seeds, lying, self.augment) if self.train else self._boxes(seeds, lying)[1:]
+
+    def _crop_with_triton(self, images: Tensor, lying: Tensor, box: Tensor, flip: Tensor | None) -> Tensor:
+        """`crop` and `_normalised` in one kernel; 0 .. 255 in float32 where colours are still to be changed."""
+        from ..kernels import pictures_triton
+
+        shape, device = (len(images), 3, self.config.image_size, self.config.image_size), images.device
+        if self.train and self.augment.changes_colour:
+            return pictures_triton.crop(
+                images, lying, box, flip, torch.empty(shape, device=device), (1.0,) * 3, (0.0,) * 3
+            )
+        out = torch.empty(shape, dtype=self.dtype, device=device, memory_format=self.memory_format)
+        return pictures_triton.crop(images, lying, box, flip, out, SCALE, OFFSET)
 
     def crop(self, images: Tensor, lying: Tensor, transposed: Tensor, box: Tensor, flip: Tensor | None) -> Tensor:
         """(B, 3, S, S) of 0 .. 255, float16 on a GPU and float32 on a CPU.
@@ -154,12 +182,49 @@ class Augment:
 
     def _normalised(self, images: Tensor) -> Tensor:
         if images.device not in self._constants:
-            std = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1)
-            mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1)
-            self._constants[images.device] = (-mean / std, 1 / (255 * std))
+            offset, scale = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (OFFSET, SCALE))
+            self._constants[images.device] = (offset, scale)
         offset, scale = self._constants[images.device]
         out = torch.empty(images.shape, dtype=self.dtype, device=images.device, memory_format=self.memory_format)
         return torch.addcmul(offset, images, scale, out=out)  # in float32, cast and laid out as it is written
+
+
+def draw_with_triton(seeds: Tensor, lying: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor]:
+    """(boxes, mirrored) as `random_boxes` and `uniforms` give them, in one kernel.
+
+    Args:
+        seeds: (B,) int64.
+        lying: (B, 3) int32: height, width, transposed.
+    """
+    from ..kernels import pictures_triton
+
+    return pictures_triton.draw_boxes(
+        seeds, lying, scale=(config.crop_scale_min, config.crop_scale_max), ratio=config.crop_ratio_max,
+        flip=config.flip, counters=(CROP, FLIP), tries=CROP_TRIES,
+    )  # fmt: skip
+
+
+@cache
+def _kernels_agree(device: torch.device) -> bool:
+    """Whether the kernels make of a few small pictures what PyTorch's operations do; once a process and device."""
+    config = ImageDataConfig(kind="images", path=Path(), image_size=40, eval_resize=48)
+    transform = Augment(config, train=True)
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 48, 90, 3), dtype=torch.uint8, generator=random).to(device).permute(0, 3, 1, 2)
+    sizes = [[48, 90, 0], [48, 50, 1], [30, 90, 1], [48, 48, 0], [20, 33, 0], [41, 90, 0]]
+    lying = torch.tensor(sizes, dtype=torch.int32, device=device)
+    seeds = torch.arange(-3, 3, device=device) * 0x1F123BB5159A55E5  # spread over 64 bits
+    transposed, box, flip = transform._boxes(seeds, lying)
+
+    def kernels() -> list[Tensor]:
+        boxes, flips = draw_with_triton(seeds, lying, config.augment)
+        return [boxes, flips, transform._crop_with_triton(images, lying, box, flip)]
+
+    def operations() -> list[Tensor]:
+        assert flip is not None
+        return [box, flip, transform._normalised(transform.crop(images, lying, transposed, box, flip))]
+
+    return agrees("crops", kernels, operations, "PyTorch's operations take its place, more than a hundred a batch")
 
 
 Axis = tuple[Tensor, Tensor, "Tensor | None"]

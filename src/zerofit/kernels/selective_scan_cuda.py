@@ -419,6 +419,8 @@ def backward(
     if deterministic:
         dBC = dBC.sum(0)
     dB, dC = dBC[..., : call.d_state], dBC[..., call.padded_states :][..., : call.d_state]
+    if call.batch * call.length == 1:
+        dC = dC.clone()  # contiguous halves of one tensor: an operator's results may not be views of one
     dA, dD, dbias = (x[0, 0] if call.batch * call.chunks == 1 else x.sum((0, 1)) for x in (dA, dD, dbias))
     grads = [
         outs["du"],

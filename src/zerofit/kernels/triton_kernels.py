@@ -151,7 +151,8 @@ def conv_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) 
         TAPS=taps, HAS_BIAS=bias is not None, STEPS=CONV_STEPS, BLOCK=CONV_CHANNELS, num_warps=2,
     )  # fmt: skip
     sums = partial.sum(0)
-    return dx, sums[4 - taps : 4].t().contiguous(), sums[4]
+    # A copy also for one tap: an operator's results may not be views of one tensor.
+    return dx, sums[4 - taps : 4].t().clone(memory_format=torch.contiguous_format), sums[4]
 
 
 # --- RMSNorm ----------------------------------------------------------------------------------------------------------

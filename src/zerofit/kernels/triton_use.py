@@ -19,8 +19,8 @@ def _found() -> bool:
     if importlib.util.find_spec("triton") is not None:
         return True
     warnings.warn(
-        "Triton is not installed (torch's CUDA builds for Linux bring it), so the convolution, the norms and the loss "
-        "run as separate PyTorch operations: these parts take two to four times as long.",
+        "Triton is not installed (torch's CUDA builds for Linux bring it), so the convolution, the norms, the loss and "
+        "the crops of pictures run as separate PyTorch operations: these parts take two to four times as long.",
         stacklevel=3,
     )
     return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, Protocol
 
 from .plan import Plan
@@ -180,8 +181,8 @@ def _record(
     inputs: Sequence[int],
     workspace_bytes: int,
 ) -> None:
-    """Recording the graphs of `engines.cuda_graphs`, a step, and an evaluation, which cannot use their memory. It is
-    taken to keep what a forward pass keeps; without gradients it keeps less."""
+    """Recording the graphs of `engines.cuda_graphs`, a step, and an evaluation, which cannot use their memory: without
+    gradients two blocks' share of what a forward pass keeps at a time, or its largest tensor."""
     ledger.begin("forward")
     ledger.empty_cache()
     for number, size_bytes in enumerate(inputs):
@@ -196,17 +197,11 @@ def _record(
     ledger.begin("step")
     engine.step()
     ledger.begin("forward")
-    kept = []
-    for event in events:
-        if type(event) is Backward:
-            break
-        if type(event) is Alloc:
-            ledger.alloc(*event)
-            kept.append(event.key)
-        elif type(event) is Free:
-            ledger.free(event.key)
-    for key in kept:
-        ledger.free_if_live(key)
+    passing = list(takewhile(lambda event: type(event) is not Backward, events))
+    freed = {event.key for event in passing if type(event) is Free}
+    sizes = {event.key: event.size_bytes for event in passing if type(event) is Alloc}
+    kept = sum(size for key, size in sizes.items() if key not in freed)
+    ledger.temporary(max(2 * kept // plan.model.depth, *sizes.values()))
 
 
 def _first_product(events: Sequence[StepEvent]) -> int | None:

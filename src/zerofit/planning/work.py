@@ -21,7 +21,9 @@ GPT2_BLOCK_MODULES = 6
 #: per inner channel the convolution 2. The scan moves its own, see `Work.scan_elements`.
 MAMBA_STREAM_TRAFFIC, MAMBA_INNER_TRAFFIC = 10, 2
 MAMBA_NORM_TRAFFIC = 3
-MAMBA_BLOCK_KERNELS = {"eager": 46, "compiled": 30}
+#: Its operators are called through Python, which takes the time of many launches. As many as a GPU that was never
+#: kept waiting allows (1.4B, 48 blocks, `light`, 221 ms on one H200) and as ZeRO-1 on four needed at least (332 ms).
+MAMBA_BLOCK_KERNELS = {"eager": 450, "compiled": 300}
 MAMBA_BLOCK_MODULES = 7
 
 
@@ -37,7 +39,7 @@ class Work:
         logits: logits a token.
         width: of the residual stream: small matrices use a GPU less well.
         blocks: how many.
-        kernels: launched in forward and backward of one block, by ``eager`` and ``compiled``.
+        kernels: launched in forward and backward of one block, by ``eager`` and ``compiled``; what takes as long, too.
         tensors: parameters of the model as tensors: ZeRO hooks each.
         modules: modules with parameters: ZeRO-3 gathers each.
         sample_tokens: tokens of one sample.

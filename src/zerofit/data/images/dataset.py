@@ -34,9 +34,12 @@ class ImageDataset:
 
     def sample_indices(self, first: int, count: int) -> Indices:
         """Pictures (places in `labels`) of the samples `first` .. `first + count` of the endless sequence of epochs."""
-        sequence = np.arange(first, first + count, dtype=np.int64)
+        return self.indices_of(np.arange(first, first + count, dtype=np.int64))
+
+    def indices_of(self, sequence: Indices) -> Indices:
+        """Pictures of the samples at these places of the sequence. Many at once take hardly longer than few."""
         epochs, positions = sequence // self.samples, sequence % self.samples
-        out = np.empty(count, dtype=np.int64)
+        out = np.empty(len(sequence), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
             inside = epochs == epoch
             places = permute(positions[inside], self.samples, self.seed, epoch)
@@ -45,7 +48,11 @@ class ImageDataset:
 
     def sample_keys(self, first: int, count: int) -> Indices:
         """A key each for what is random about those samples (`zerofit.data.augment`); another in every epoch."""
-        return sample_keys(np.arange(first, first + count, dtype=np.int64), self.seed)
+        return self.keys_of(np.arange(first, first + count, dtype=np.int64))
+
+    def keys_of(self, sequence: Indices) -> Indices:
+        """Keys of the samples at these places of the sequence."""
+        return sample_keys(sequence, self.seed)
 
     def spread_indices(self, count: int) -> Indices:
         """At most `count` pictures spread evenly over the split, so over the classes: the same in every evaluation."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def resize_with_pillow(image: Image, target: tuple[int, int]) -> Image:
 
 
 def resize_with_torch(image: Image, target: tuple[int, int]) -> Image:
-    """The same filter in torch, three times as fast (AVX2); differs by a level at most. Imports torch."""
+    """The same filter in torch, three times as fast (AVX2); differs by two levels at most. Imports torch."""
     import torch
 
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
@@ -90,8 +91,39 @@ def resize_with_torch(image: Image, target: tuple[int, int]) -> Image:
     return import_pillow().fromarray(small[0].permute(1, 2, 0).numpy())  # type: ignore[no-any-return]
 
 
+@cache
+def _cykooz() -> tuple[Any, Any]:
+    """cykooz-resizer's resizer, and its options for Pillow's bilinear filter."""
+    import cykooz_resizer as cykooz
+
+    filtered = cykooz.ResizeAlg.convolution(cykooz.FilterType.bilinear)
+    return cykooz.Resizer(), cykooz.ResizeOptions(resize_alg=filtered, use_alpha=False)
+
+
+def resize_with_cykooz(image: Image, target: tuple[int, int]) -> Image:
+    """The same filter in Rust (SSE4.1, AVX2, Neon), nearly three times as fast; differs by two levels at most."""
+    resizer, options = _cykooz()
+    small: Image = import_pillow().new("RGB", target)
+    resizer.resize_pil(image, small, options)
+    return small
+
+
 #: Name, as ``meta.json`` has it.
-RESIZERS: dict[str, Resize] = {"pillow": resize_with_pillow, "torch": resize_with_torch}
+RESIZERS: dict[str, Resize] = {"pillow": resize_with_pillow, "torch": resize_with_torch, "cykooz": resize_with_cykooz}
+
+
+def find_resize(name: str) -> Resize:
+    """What shrinks pictures, by its name.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    if name == "cykooz" and find_spec("cykooz_resizer") is None:
+        raise MissingDependency(
+            "These pictures were shrunk by cykooz-resizer, which is not installed, and other ways give slightly other "
+            "pixels: run `pip install 'zerofit[images-fast]'`, or prepare the pictures again with --force."
+        )
+    return RESIZERS[name]
 
 
 def decode(data: bytes, size: int, limits: Limits, resize: Resize = resize_with_pillow) -> Decoded:

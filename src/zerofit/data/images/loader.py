@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice, tee
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -26,11 +27,15 @@ from ..loader import IGNORE, Share
 from ..order import Indices
 from .ahead import Ahead
 from .dataset import ImageDataset
-from .readers import CacheReader, FilesReader, GpuFilesReader, Reader, nvjpeg
+from .gpu_files import GpuFilesReader, nvjpeg
+from .readers import CacheReader, FilesReader, Reader
 from .shards import usable_cores
 
 #: Threads that copy out of the cache; more saturate nothing but the interpreter's lock.
 MAX_CACHE_THREADS = 8
+
+#: Samples whose pictures and keys are computed at a time.
+PLANNED_SAMPLES = 8192
 
 #: Windows that are larger wait in page-locked memory, and the engine copies each micro-batch when its turn comes.
 MAX_DEVICE_BYTES_AHEAD = 512 << 20
@@ -75,7 +80,7 @@ class ReadPlan:
         if training and self.device is not None and self.device.type == "cuda":
             decoder = nvjpeg(self.device)
             if decoder is not None:
-                return GpuFilesReader(store, self.device, decoder, workers)
+                return GpuFilesReader(store, self.device, decoder, workers, self.prefetch_factor)
         return FilesReader(store, workers, prefetch_factor=self.prefetch_factor, pin=self.pin_memory)
 
 
@@ -179,18 +184,29 @@ class ImageLoader:
             yield from (step * self.share.global_batch + offset for offset in self.share.offsets())
             step += 1
 
+    def _planned(self, step: int) -> Iterator[tuple[Indices, Indices]]:
+        """(places, keys) of each micro-batch from `step` on; thousands of samples at a time, because the arithmetic
+        of one micro-batch takes as long and holds the interpreter's lock."""
+        firsts, size = self._firsts(step), self.share.micro_batch
+        together = max(PLANNED_SAMPLES // size, 1)
+        while True:
+            some = np.array(list(islice(firsts, together)), np.int64)
+            sequence = (some[:, None] + np.arange(size)).ravel()
+            places, keys = self.dataset.indices_of(sequence), self.dataset.keys_of(sequence)
+            yield from zip(places.reshape(-1, size), keys.reshape(-1, size), strict=True)
+
     def _windows(self, step: int) -> Iterator[tuple[list[Batch], Any]]:
         dataset, size = self.dataset, self.share.micro_batch
-        chosen = (dataset.sample_indices(first, size) for first in self._firsts(step))
-        read = self._reader.batches(dataset.numbers[places] for places in chosen)
-        firsts, window = self._firsts(step), list[Batch]()
-        for canvas, sizes in read:
-            first = next(firsts)
+        planned, asked = tee(self._planned(step))
+        read = self._reader.batches(dataset.numbers[places] for places, _ in asked)
+        window = list[Batch]()
+        for places, keys in planned:
+            canvas, sizes = next(read)
             inputs = {
-                "images": canvas.permute(0, 3, 1, 2),
                 "sizes": sizes,
-                "targets": torch.from_numpy(dataset.labels[dataset.sample_indices(first, size)]),
-                "seeds": torch.from_numpy(dataset.sample_keys(first, size)),
+                "targets": torch.from_numpy(dataset.labels[places]),
+                "seeds": torch.from_numpy(keys),
+                "images": canvas.permute(0, 3, 1, 2),  # last: what is small and not page-locked does not wait for it
             }
             window.append(Batch(self._device.send(inputs), size))
             if len(window) == self.share.accumulation_steps:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .decode import RESIZERS, BadPicture, Limits, Resize, decode
+from .decode import BadPicture, Limits, Resize, decode, find_resize
 from .discover import Picture
 
 
@@ -52,7 +52,7 @@ def check_shard(
     unfinished = work / f"{shard_name(number)}.{os.getpid()}"
     with unfinished.open("wb", buffering=1 << 22) as out:
         for picture in pictures:
-            checked = _check(picture, limits, size, RESIZERS[resize])
+            checked = _check(picture, limits, size, find_resize(resize))
             if not isinstance(checked, tuple):
                 rows.append({"reason": checked.reason})
                 continue

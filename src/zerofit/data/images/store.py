@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...config.images import ImageDataConfig
 from ...errors import DataError
@@ -111,7 +111,18 @@ class ImageStore:
         return [row["path"] for row in read_files(self.folder)]
 
     @cached_property
-    def _shards(self) -> list[Pixels]:
+    def mean_file_bytes(self) -> int:
+        """Of the first files: what it roughly takes to hold one as it is."""
+        sizes: list[int] = [row["bytes"] for row in islice(read_files(self.folder), 1000)]
+        return sum(sizes) // len(sizes)
+
+    @cached_property
+    def shards(self) -> list[Pixels]:
+        """The pixels as they lie, one (bytes,) uint8 map a shard; a picture's place is in the index.
+
+        Raises:
+            DataError: the cache is damaged.
+        """
         found = []
         for number, size in enumerate(self.meta["shards"]):
             path = self.folder / shard_name(number)
@@ -135,23 +146,16 @@ class ImageStore:
                 f"{self.folder} was prepared without a pixel cache, and data.read is cache. Prepare it again (--force "
                 f"without --no-cache), or set data.read files."
             )
-        _ = self._shards
+        _ = self.shards
 
     def pixels(self, number: int) -> Pixels:
         """(height, width, 3) uint8 of a picture, a view of the map."""
         record = self.index[number]
         return self._slice(int(record["shard"]), int(record["offset"]), int(record["height"]), int(record["width"]))
 
-    def gather(self, numbers: NDArray[np.int64], out: Pixels) -> None:
-        """Copy pictures into the upper left of the first canvases of `out` (.., H, W, 3); the rest is left as is."""
-        records = self.index[numbers]
-        places = zip(*(records[name].tolist() for name in ("shard", "offset", "height", "width")), strict=True)
-        for canvas, (shard, offset, height, width) in zip(out, places, strict=False):
-            canvas[:height, :width] = self._slice(shard, offset, height, width)
-
     def _slice(self, shard: int, offset: int, height: int, width: int) -> Pixels:
         size = height * width * 3
-        return self._shards[shard][offset : offset + size].reshape(height, width, 3)
+        return self.shards[shard][offset : offset + size].reshape(height, width, 3)
 
 
 def read_files(folder: Path) -> Iterator[dict[str, Any]]:

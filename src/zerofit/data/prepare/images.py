@@ -10,12 +10,15 @@ import os
 import platform
 import random
 import shutil
+import sys
+import threading
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +100,7 @@ def prepare_images(
         if not force:
             return _already_there(config, request, found)
     cores = workers or shards.usable_cores()
-    resize = "torch" if len(found.pictures) >= MANY_PICTURES * cores else "pillow"
+    resize = _choose_resize(len(found.pictures), cores)
     work = _work_folder(config.path, {**request, "resize": resize}, found)
     try:
         checked = _check_all(found, config, work, resize, cores, progress or (lambda *_: None))
@@ -114,6 +117,12 @@ def prepare_images(
             f"--no-cache."
         ) from error
     return prepared
+
+
+def _choose_resize(pictures: int, cores: int) -> str:
+    if find_spec("cykooz_resizer") is not None:
+        return "cykooz"
+    return "torch" if pictures >= MANY_PICTURES * cores else "pillow"
 
 
 def _request(config: ImageDataConfig, sources: list[str]) -> dict[str, Any]:
@@ -185,9 +194,8 @@ def _run_here(jobs: Sequence[tuple[Any, ...]]) -> Iterator[int]:
 
 
 def _run_in_processes(jobs: Sequence[tuple[Any, ...]], resize: str, workers: int) -> Iterator[int]:
-    """Shards in fresh processes, few ahead of the workers so that an interruption is answered soon."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([shards.__name__, *(["torch"] if resize == "torch" else [])])
+    """Shards in processes of their own, few ahead of the workers so that an interruption is answered soon."""
+    context = _context(resize)
     with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=shards.start_worker) as pool:
         waiting: set[Future[int]] = set()
         try:
@@ -205,6 +213,20 @@ def _run_in_processes(jobs: Sequence[tuple[Any, ...]], resize: str, workers: int
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _context(resize: str) -> multiprocessing.context.BaseContext:
+    """How to start processes: forked from this one where nothing forbids it, which takes milliseconds, else from a
+    fresh one, which takes as long as its imports.
+
+    A fork inherits the locks that other threads hold, and PyTorch's threads and GPU.
+    """
+    alone = threading.active_count() == 1 and "torch" not in sys.modules
+    if alone and resize != "torch" and sys.platform == "linux":
+        return multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([shards.__name__, *(["torch"] if resize == "torch" else [])])
+    return context
 
 
 def _refuse_too_many(checked: Sequence[Checked], config: ImageDataConfig) -> None:
