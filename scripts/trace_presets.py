@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def image_keys() -> Iterator[tuple[str, Plan, TraceKey]]:
-    """Of the image presets: on GPUs in half precision, eager, with none and every n-th block recomputed."""
+    """Of the image presets on GPUs in half precision: eager, with none and every n-th block recomputed; compiled."""
     for preset in IMAGE_PRESETS:
         config = load_config(None, preset).config
         assert isinstance(config.model, ResNetConfig)
@@ -61,6 +61,8 @@ def image_keys() -> Iterator[tuple[str, Plan, TraceKey]]:
         for every in sorted({way.every for way in checkpointings(config)}):
             changed = plan.model_copy(update={"activation_checkpointing_every": every})
             yield preset, changed, trace_key(changed, recompute=every > 0)
+        compiled = plan.model_copy(update={"compile": True})
+        yield preset, compiled, trace_key(compiled, recompute=False)
 
 
 def shipped_keys() -> Iterator[tuple[str, Plan, TraceKey]]:

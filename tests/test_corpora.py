@@ -32,6 +32,7 @@ from zerofit.data.prepare.pieces import Piece, Tally, cut
 from zerofit.data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from zerofit.data.tokens import check_data, describe_inferred, open_tokens, vocabulary_size
 from zerofit.errors import DataError
+from zerofit.training.preset_data import _target
 
 LINES = [f"document {i}: to be or not to be, é\n" for i in range(60)]
 JSONL = "".join(json.dumps({"text": line, "id": i}) + "\n" for i, line in enumerate(LINES)).encode()
@@ -544,3 +545,27 @@ def test_show_marks_where_documents_start(
     told = json.loads(capsys.readouterr().out)
     for places, window in zip(told["document_starts"], told["samples"], strict=True):
         assert [place for place in places if place] == [i for i in range(1, 101) if window[i - 1] == 256]
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        (".", "here-prepared"),
+        ("..", "above-prepared"),
+        ("../.hidden", "../.hidden-prepared"),
+        ("../a.b", "../a-prepared"),
+    ],
+)
+def test_where_prepared_data_goes_has_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, found: str
+) -> None:
+    here = tmp_path / "above" / "here"
+    here.mkdir(parents=True)
+    for folder in (here, here.parent / ".hidden", here.parent / "a.b"):
+        folder.mkdir(exist_ok=True)
+        (folder / "text.txt").write_text("text")
+    monkeypatch.chdir(here)
+    named = _target(Path(typed))
+    assert named.name == Path(found).name
+    assert not named.exists()
+    assert named.parent.resolve() == Path(typed).resolve().parent

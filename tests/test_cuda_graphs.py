@@ -154,11 +154,28 @@ def test_windows_of_any_length_and_odd_shapes_have_the_eager_gradients(monkeypat
     assert recorded.gradient_bytes() == 12
 
 
-def test_what_cannot_be_recorded_ends_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("first", "said"),
+    [
+        (None, "waits for the device"),
+        (RuntimeError("a synchronisation"), r"\(a synchronisation\).*waits for the device"),
+        (torch.OutOfMemoryError("tried to allocate 2 GiB"), r"tried to allocate 2 GiB.*the GPU is full"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_recorded_ends_in_words(
+    monkeypatch: pytest.MonkeyPatch, first: RuntimeError | None, said: str
+) -> None:
+    """Those of the error that came first: the end of a broken recording raises another."""
+
     @contextmanager
     def recording(graph: Any, **_: Any) -> Iterator[None]:
-        yield
-        raise RuntimeError("operation not permitted when stream is capturing")
+        try:
+            yield
+            if first is not None:
+                raise first
+        finally:
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "graph", recording)
@@ -168,5 +185,5 @@ def test_what_cannot_be_recorded_ends_in_words(monkeypatch: pytest.MonkeyPatch) 
         recorded({"x": torch.ones(1, 3)}, torch.ones(()), 0)
         passes.weight.grad = None
         assert passes.eager == step + 1
-    with pytest.raises(TrainingFailed, match=r"could not be recorded.*cuda_graphs false"):
+    with pytest.raises(TrainingFailed, match=rf"{said}.*cuda_graphs false"):
         recorded({"x": torch.ones(1, 3)}, torch.ones(()), 0)

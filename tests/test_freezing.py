@@ -203,6 +203,21 @@ def test_a_whole_network_starts_its_optimizer_afresh_and_the_frozen_one_goes_on(
     assert counted == [1, 2, 1, 2]
 
 
+def test_what_keeps_the_whole_network_from_being_built_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And not that there is no engine to close."""
+    plan = make_plan("single", 1, model=MODEL.model_copy(update={"freeze_epochs": 1}))
+    engine: Any = PhasedEngine(plan, SPEC, World(0, 1, 0, torch.device("cpu")), 0, FROZEN)
+    engine.load(initial_reader(SPEC, plan.model, plan.seed))
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("the GPU is full")
+
+    monkeypatch.setattr("zerofit.training.phases.build", full)
+    with pytest.raises(torch.OutOfMemoryError, match="the GPU is full"):
+        engine.thaw(None)
+    engine.close()
+
+
 def test_freezing_saves_the_memory_that_the_planner_says() -> None:
     """Differences, because a process on the CPU holds a constant beside what is planned."""
     whole = phased_plan("single", 1)
@@ -283,6 +298,26 @@ def test_the_peak_is_that_of_the_larger_phase(monkeypatch: pytest.MonkeyPatch) -
     assert found.chosen is None
     assert all(candidate.memory is candidate.frozen for candidate in found.candidates)
     assert all(candidate.peak_bytes > 30 * 2**30 for candidate in found.candidates)
+
+
+def test_host_memory_is_that_of_the_phase_that_needs_most_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole network's optimizer lies in host memory, also where the frozen phase is larger on the GPU."""
+
+    def predict(plan: Plan, *arguments: Any, **named: Any) -> MemoryPrediction:
+        found = predict_memory(plan, *arguments, **named)
+        return replace(found, driver_bytes=found.driver_bytes + 2**30) if plan.frozen else found
+
+    typed = [("model.input_size", "224"), ("max_steps", "9"), ("duration", "null"), ("micro_batch", "8")]
+    typed += [("strategy", "zero2"), ("offload", "cpu"), ("num_gpus", "2")]
+    hardware = described_hardware(Description(gpus="2", gpu="rtx4090"), probe(Path(), None))
+    plain = survey(load_config(None, "animals90", typed).config, hardware).chosen
+    monkeypatch.setattr(candidates, "predict_memory", predict)
+    chosen = survey(load_config(None, "animals90", [*typed, ("model.freeze_epochs", "2")]).config, hardware).chosen
+    assert plain is not None
+    assert chosen is not None
+    assert chosen.memory is chosen.frozen
+    assert chosen.host_peak_bytes == plain.host_peak_bytes > 2**26
+    assert chosen.memory.host_items == plain.memory.host_items
 
 
 # ----------------------------------------------------------------------------------------------------- from end to end

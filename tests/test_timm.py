@@ -27,8 +27,11 @@ from zerofit.checkpoint.store import open_checkpoint
 from zerofit.config.load import load_config
 from zerofit.config.models import TimmConfig
 from zerofit.engines.build import build
+from zerofit.engines.common import build_model
+from zerofit.engines.fsdp import _meta_model
 from zerofit.errors import CheckpointError, ConfigError, MissingDependency
 from zerofit.models import model_spec
+from zerofit.models.timm_models import create, import_timm
 from zerofit.planning.memory import predict_memory, state_bytes
 from zerofit.planning.plan import Plan
 from zerofit.planning.timm_models import described
@@ -133,6 +136,28 @@ def test_half_precision_keeps_statistics_in_fp32(name: str) -> None:
 
 
 @needs_timm
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_no_checkpoint_holds_has_timms_values(device: str) -> None:
+    """BEiT's, EVA-02's and Swin v2's attention has a bias that is a buffer of zeros, filled after it was made; under
+    FSDP2 the model is made on the meta device."""
+    timm = import_timm()
+    model = described(TimmConfig(name="eva02_tiny_patch14_224", num_classes=5, input_size=224))
+    plan = make_plan("", "fsdp2" if device == "meta" else "single", 1, model=model)
+    torch.use_deterministic_algorithms(True)  # what is not filled is NaN
+    try:
+        if device == "meta":
+            built = _meta_model(plan, model_spec("timm"), torch.device("cpu"))
+        else:
+            built = build_model(plan, model_spec("timm"), torch.device("cpu"))
+        wanted = dict(timm.create_model("eva02_tiny_patch14_224", num_classes=5).named_buffers())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "blocks.0.attn.k_bias" in wanted
+    for name, buffer in built.named_buffers():
+        assert torch.equal(buffer, wanted[name]), name
+
+
+@needs_timm
 def test_the_plan_is_traced_and_knows_head_blocks_and_decay() -> None:
     model = model_of("test_vit")
     assert model.head_parameters() == {"head.weight", "head.bias"}
@@ -156,6 +181,14 @@ def test_a_model_that_timm_lacks_and_pictures_that_it_refuses_are_named() -> Non
         described(TimmConfig(name="resnet81", num_classes=5, input_size=32))
     with pytest.raises(ConfigError, match="drop_path_rate"):
         described(TimmConfig(name="vgg11", num_classes=5, input_size=32, drop_path_rate=0.1))
+
+
+@needs_timm
+@pytest.mark.parametrize(("rate", "found"), [(None, 0.1), (0.0, 0.0), (0.2, 0.2)])
+def test_stochastic_depth_is_the_models_own_or_what_was_asked_for(rate: float | None, found: float) -> None:
+    model = create(TimmConfig(name="swin_tiny_patch4_window7_224", num_classes=5, input_size=224, drop_path_rate=rate))
+    last = model.layers[-1].blocks[-1]
+    assert getattr(last.drop_path1, "drop_prob", 0.0) == pytest.approx(found)
 
 
 @needs_timm
@@ -227,6 +260,31 @@ def test_every_strategy_trains_the_same(strategy: str, name: str, tmp_path: Path
     assert_close(steps, alone(name)[0], 1e-4, 1e-3)
     assert memory == state_bytes(plan)
     assert later == again
+
+
+def compiled_and_evaluated(world: World, plan: Plan) -> list[float]:
+    """A step, two evaluations as written, logits; with what the compiler would make replaced by the function itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: lambda *args, **kwargs: function(*args, **kwargs))
+        engine: Any = build(plan, model_spec("timm"), world)
+    engine.load(initial_reader(model_spec("timm"), plan.model, plan.seed))
+    batch = window(plan, 0, world.rank)[:1]
+    found = [engine.train_step(window(plan, 0, world.rank), LR, 0).read().loss]
+    found += [engine.eval_step(batch, compiled=way).read()["loss"].total for way in (False, True, False)]
+    found.append(engine.predict(Batch({"images": batch[0].inputs["images"]}, 1)).float().sum().item())
+    engine.close()
+    return found
+
+
+@needs_timm
+def test_a_compiled_model_is_evaluated_as_written_under_fsdp2() -> None:
+    """timm's models take targets by a forward function of their own, not their class's."""
+    reference, compiled = (
+        run(1, compiled_and_evaluated, make_plan("test_vit", strategy, 1, compile=compile))[0]
+        for strategy, compile in (("single", False), ("fsdp2", True))
+    )
+    assert compiled == pytest.approx(reference, rel=1e-4)
+    assert compiled[1] == compiled[2] == compiled[3]
 
 
 def frozen_then_whole(world: World, plan: Plan, root: Path) -> list[float]:

@@ -128,7 +128,7 @@ def _read_key(request: Request, option: str, attached: str | None, waiting: dequ
         return _with_override(request, name, _alias_value(alias, option, attached, waiting))
     refuse_of_generate(name, COMMAND_LINE)
     key = find_key(option.removeprefix("--"), COMMAND_LINE)
-    if key.is_boolean and attached is None and not (waiting and waiting[0].lower() in _BOOLEANS):
+    if key.is_boolean and attached is None and not (waiting and waiting[0].lower() in {*_BOOLEANS, *key.words}):
         return _with_override(request, key.name, "true")
     return _with_override(request, key.name, _value(option, attached, waiting))
 

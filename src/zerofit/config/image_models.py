@@ -209,10 +209,10 @@ class TimmConfig(ImageModelShape):
     kind: Literal["timm"] = "timm"
     name: str
     """As ``timm.list_models()`` has it: ``resnet18``, ``convnext_tiny``, ``vit_small_patch16_224``."""
-    drop_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before the head."""
-    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Stochastic depth (Huang et al. 2016), where the model has it."""
+    drop_rate: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout before the head; null: the model's own default, mostly 0."""
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Stochastic depth (Huang et al. 2016), where the model has it; null: the model's own default (Swin: 0.1)."""
     channels_last: bool = True
     """Keep activations in the layout that tensor cores want (NHWC); the results are the same up to rounding."""
     sync_batchnorm: bool = False

@@ -65,6 +65,11 @@ class Key:
         return bool in self.types
 
     @property
+    def words(self) -> frozenset[str]:
+        """Of a boolean: what else it takes by name, ``auto`` or ``null``."""
+        return frozenset(self.rule.replace(", ", " or ").split(" or ")) - {"true", "false"}
+
+    @property
     def is_text(self) -> bool:
         """Whether an arbitrary text is a value; then a number on the command line is text too."""
         return not self.types.isdisjoint({str, Path})

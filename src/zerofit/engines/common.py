@@ -21,12 +21,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Lets constructors allocate, and skips the random numbers that `load` would overwrite."""
+    """Lets constructors allocate, and skips the values of parameters, which `load` would overwrite. Buffers are filled:
+    nothing loads those that are in no checkpoint."""
 
     _FILLS = (Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._FILLS:
+        if func in self._FILLS and isinstance(args[0], nn.Parameter):
             return args[0]
         return func(*args, **(kwargs or {}))
 

@@ -79,9 +79,15 @@ class RecordedPasses:
         try:
             self._graphs.append(_Recording(self.passes, inputs, factor, before))
         except RuntimeError as reason:
+            # Ending a recording that went wrong raises an error of its own, which says less than the first one.
+            first = reason.__context__ if isinstance(reason.__context__, RuntimeError) else reason
+            usual = "Something in the model waits for the device, or allocates in a way that cannot be replayed"
+            if isinstance(first, torch.OutOfMemoryError):
+                usual = "Its recording has memory of its own, and the GPU is full"
             raise TrainingFailed(
-                f"cuda_graphs true: a micro-step could not be recorded as a CUDA graph ({reason}). Something in the "
-                f"model waits for the device, or allocates in a way that cannot be replayed. Use cuda_graphs false."
+                f"The plan records a micro-step as a CUDA graph, and that could not be done ({first}). {usual}. Use "
+                f"cuda_graphs false, which runs the same steps without; with --resume from the last checkpoint, if "
+                f"there is one."
             ) from reason
         if before is None:
             self._gradients = [parameter.grad for parameter in self.parameters]

@@ -113,13 +113,13 @@ class FSDPEngine:
     @contextmanager
     def _uncompiled(self) -> Iterator[None]:
         """Inside, compiled units run as they were written."""
-        for unit in self.compiled:
-            del unit.__dict__["forward"]
+        for unit, (written, _) in self.compiled.items():
+            unit.__dict__["forward"] = written
         try:
             yield
         finally:
-            for unit, forward in self.compiled.items():
-                unit.__dict__["forward"] = forward
+            for unit, (_, compiled) in self.compiled.items():
+                unit.__dict__["forward"] = compiled
 
     def _reshard(self) -> None:
         """Let go of what a forward pass without a backward pass keeps gathered, before it gets new values."""
@@ -183,12 +183,16 @@ def _meta_model(plan: Plan, spec: ModelSpec[Any], device: torch.device) -> nn.Mo
 
 def _compile_forwards(plan: Plan, spec: ModelSpec[Any], model: nn.Module) -> dict[nn.Module, Any]:
     """Compile what each unit computes; FSDP2's hooks, which gather and let go, stay around it whatever a version of
-    PyTorch makes of hooks in ``Module.compile``. Returns unit -> compiled forward."""
+    PyTorch makes of hooks in ``Module.compile``. Returns unit -> its forward as it was (a class's, or the module's own:
+    timm's models take targets by one), and compiled."""
     if not plan.compile:
         return {}
     mode = None if plan.compile_mode == "default" else plan.compile_mode
-    compiled = {u: torch.compile(u.forward, mode=mode, dynamic=False) for u in spec.compiled_units(model)}
-    for unit, forward in compiled.items():
+    compiled = {
+        unit: (unit.forward, torch.compile(unit.forward, mode=mode, dynamic=False))
+        for unit in spec.compiled_units(model)
+    }
+    for unit, (_, forward) in compiled.items():
         unit.__dict__["forward"] = forward
     return compiled
 

@@ -98,7 +98,8 @@ def create(config: TimmConfig, **more: Any) -> Any:
             f"{f' Did you mean {near[0]}?' if near else ''} `timm.list_models()` lists them."
         )
     settings: dict[str, Any] = {"num_classes": config.classes, **more}
-    settings |= {name: value for name in ("drop_rate", "drop_path_rate") if (value := getattr(config, name))}
+    asked = {name: getattr(config, name) for name in ("drop_rate", "drop_path_rate")}
+    settings |= {name: value for name, value in asked.items() if value is not None}
     published = timm.get_pretrained_cfg(config.name)
     if published is not None and published.fixed_input_size:
         settings["img_size"] = config.pixels
@@ -108,7 +109,7 @@ def create(config: TimmConfig, **more: Any) -> Any:
         raise ConfigError(
             f"model.name {config.name} with input_size {config.pixels}, drop_rate {config.drop_rate} and "
             f"drop_path_rate {config.drop_path_rate}: timm refuses ({type(reason).__name__}: {reason}). Pictures of "
-            f"another data.image_size, or no dropout, may suit this model."
+            f"another data.image_size, or drop_rate and drop_path_rate null, may suit this model."
         ) from reason
 
 
@@ -289,7 +290,7 @@ def published_weights(config: TimmConfig) -> dict[str, Tensor]:
     timm = import_timm()
     published = timm.get_pretrained_cfg(config.name) if timm.is_model(config.name) else None
     classes = published.num_classes if published is not None else config.classes
-    whole = config.model_copy(update={"num_classes": classes, "drop_rate": 0.0, "drop_path_rate": 0.0})
+    whole = config.model_copy(update={"num_classes": classes, "drop_rate": None, "drop_path_rate": None})
     try:
         held: dict[str, Tensor] = create(whole, pretrained=True).state_dict()
     except ConfigError:

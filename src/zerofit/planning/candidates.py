@@ -292,7 +292,15 @@ class Builder:
         frozen = None
         if getattr(plan.model, "freeze_epochs", 0):
             frozen = predict_memory(plan.frozen_phase(), self.constants, free_bytes=free)
-            memory = max(memory, frozen, key=lambda phase: phase.driver_bytes)
+            if frozen.driver_bytes > memory.driver_bytes:
+                # Of the host and of NVMe the phase counts that needs most there: offloading is for the whole network.
+                fuller = max(frozen, memory, key=lambda phase: phase.host_peak_bytes)
+                memory = frozen = replace(
+                    frozen,
+                    host_items=fuller.host_items,
+                    host_peak_bytes=fuller.host_peak_bytes,
+                    nvme_bytes=max(frozen.nvme_bytes, memory.nvme_bytes),
+                )
         ranks = plan.ranks_per_node or plan.world_size
         host = 0 if self.device == "cpu" else ranks * memory.host_peak_bytes
         checkpoint, disk = checkpoint_bytes(self.config, plan.parameters)
@@ -325,7 +333,7 @@ class Builder:
         """The same, fitting after all where a full GPU makes PyTorch's allocator give back its reserve."""
         memory, limit = missed.memory, missed.limit_bytes
         least = memory.allocated_bytes + memory.driver_bytes - memory.reserved_bytes
-        if missed.memory is missed.frozen:
+        if missed.frozen is not None and missed.frozen.driver_bytes > limit:
             return missed
         if missed.needs[0].met or least > limit or not fits_within(missed.plan, limit, self.constants):
             return missed

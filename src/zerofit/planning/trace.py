@@ -40,8 +40,9 @@ DEPTH = 4
 #: Channels of a group in the deterministic backward pass of the selective scan.
 SCAN_COLUMN = 16
 #: Samples of the traced points; the third must lie on the line through the first two. Some operators take another way
-#: for a single sample (matrix products of a batch of one): then lines start at two.
-SAMPLES = ((1, 2, 5), (2, 3, 6))
+#: for a single sample (matrix products of a batch of one): then lines start at two. What is saved for the backward pass
+#: of a compiled classifier's small maps depends on whether they are smaller than its weights: then lines start at 16.
+SAMPLES = ((1, 2, 5), (2, 3, 6), (16, 17, 32))
 
 
 class TraceError(Exception):
@@ -317,9 +318,12 @@ class _Recording:
             self._names = {parameter: name for name, parameter in model.named_parameters()}
             for tensor in (*model.parameters(), *model.buffers(), *inputs.values()):
                 self.mode.ignore(tensor)
+            units = spec.compiled_units(model) if compiled else []
+            # Of a model that is compiled as a whole no block begins or ends: all of it lies around the blocks.
+            self.whole = any(unit is model for unit in units)
             self._hook(model)
             if compiled:
-                stand_in(spec.compiled_units(model), self._kernel_bytes, self.mode.unrecorded)
+                stand_in(units, self._kernel_bytes, self.mode.unrecorded)
             else:
                 self._hook_modules(model)
             with self.mode, _as_on_gpu() if device == "cuda" else nullcontext():
@@ -338,13 +342,14 @@ class _Recording:
         self._in_backward = which == BACKWARD
         # After the blocks come the head and its loss.
         after = position == len(self.blocks) + 1
-        self.mode.item = "logits" if after else "temporaries" if which == BACKWARD else "activations"
+        own = "temporaries" if which == BACKWARD else "activations"
+        self.mode.item = "logits" if after and not self.whole else own
 
     def _hook(self, model: nn.Module) -> None:
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(self._gradient)
         self._in_backward = False
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate([] if self.whole else self.blocks):
             self._hook_block(block, index + 1)
 
     def _kernel_bytes(self, func: Any, args: Any) -> int:

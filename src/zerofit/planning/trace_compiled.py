@@ -4,25 +4,32 @@ A unit's forward and backward graphs are traced by AOTAutograd with inductor's d
 min-cut partitioner, so that what is saved between them is exact. Inside a graph a fusion model says which values exist
 in memory: results of matrix multiplications, attention and reductions, what those read, and the graph's outputs;
 everything else is fused into its readers. A fused result takes the place of an operand of its size that it is the last
-to read, as inductor's in-place reuse does.
+to read, as inductor's in-place reuse does. Inductor computes convolutions in NHWC: their weights are copied to that
+layout, and the copies are what the backward graph gets.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch._inductor.lowering  # pooling's decomposition refers to it, and does not import it
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils._pytree import tree_leaves, tree_map
 
 #: Operators that stay calls into libraries: their operands and results exist in memory. Not scatter: into a constant
 #: (the loss's gradient) it is fused.
-_CALLS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "scaled_dot_product", "index_put", "sort", "topk")
+_CALLS = (
+    *("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "scaled_dot_product"),
+    *("index_put", "sort", "topk"),
+)
 #: Namespace of this project's own kernels, which the compiler calls too.
 KERNELS = "zerofit"
 #: Operators that hand on an operand's memory.
@@ -30,7 +37,9 @@ _VIEWS = frozenset(
     """alias as_strided detach expand getitem permute reshape select slice split split_with_sizes squeeze t transpose
     unbind unsqueeze view _unsafe_view""".split()  # noqa: SIM905
 )
-_REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "var_mean", "logsumexp", "prod", "any", "all")
+_REDUCTIONS = ("sum", "mean", "amax", "amin", "var", "var_mean", "logsumexp", "prod", "any", "all", "scatter_add")
+#: Operators that read a value many times over: it exists in memory.
+_WINDOWS = ("_low_memory_max_pool_with_offsets", "max_pool2d_with_indices", "avg_pool2d")
 #: A value with several readers that reads more operands than this is computed once (``realize_reads_threshold``).
 READS_THRESHOLD = 4
 
@@ -40,7 +49,8 @@ def stand_in(
     gpu_extra: Callable[[Any, Any], int],
     unrecorded: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """Replace the units' forward functions. Units with the same parameters' shapes share one pair of graphs.
+    """Replace the units' forward functions. Units that are alike, and are called with arguments of
+    the same shapes, share one pair of graphs.
 
     Args:
         units: modules on fake tensors, inside their FakeTensorMode.
@@ -49,18 +59,22 @@ def stand_in(
     """
     compiled: dict[Any, Any] = {}
     for unit in units:
-        key = (type(unit), tuple((name, tuple(p.shape)) for name, p in unit.named_parameters()))
-        if key not in compiled:
-            compiled[key] = _compile(unit, gpu_extra)
-        unit.forward = _caller(unit, compiled[key], unrecorded)
+        unit.forward = _caller(unit, compiled, gpu_extra, unrecorded)
 
 
-def _caller(unit: nn.Module, function: Any, unrecorded: Any) -> Any:
-    def forward(*args: Any) -> Any:
-        parameters = dict(unit.named_parameters())
+def _caller(unit: nn.Module, compiled: dict[Any, Any], gpu_extra: Any, unrecorded: Any) -> Any:
+    original = _compiled(unit, gpu_extra)
+    what = repr(unit)  # kernels, strides
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # A batch norm's statistics are changed: they go in as arguments, as the parameters do.
+        held = dict(unit.named_parameters()) | dict(unit.named_buffers())
+        shapes = [(tuple(t.shape), t.requires_grad) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        key = (type(unit), what, tuple((name, tuple(t.shape)) for name, t in held.items()), tuple(shapes))
+        function = compiled.setdefault(key, original)
         with unrecorded():  # the graphs keep what they were traced with
-            function(parameters, *(_like(argument) for argument in args))
-        return function(parameters, *args)
+            function(held, *tree_map(_like, args), **tree_map(_like, kwargs))
+        return function(held, *args, **kwargs)
 
     return forward
 
@@ -71,12 +85,13 @@ def _like(argument: Any) -> Any:
     return torch.empty_like(argument).requires_grad_(argument.requires_grad)
 
 
-def _compile(unit: nn.Module, gpu_extra: Callable[[Any, Any], int]) -> Any:
+def _compiled(unit: nn.Module, gpu_extra: Callable[[Any, Any], int]) -> Any:
+    """The unit's forward function of its parameters and buffers by name, and of its arguments."""
     original = unit.forward
 
-    def functional(parameters: dict[str, Tensor], *args: Any) -> Any:
-        with _reparametrize_module(unit, parameters):
-            return original(*args)
+    def functional(held: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        with _reparametrize_module(unit, held):
+            return original(*args, **kwargs)
 
     return aot_function(
         functional,
@@ -106,6 +121,7 @@ class _Player:
         self.real = self._realized()
         self.reads = {node: self._operands(node, self.real) for node in self.nodes if node in self.real}
         self.last_use = self._last_uses()
+        self.copied = {} if backward else _copied_weights(self.nodes)
 
     def boxed(self) -> Any:
         """The function that AOTAutograd calls; it empties its list of arguments, so that they can be freed early."""
@@ -141,10 +157,11 @@ class _Player:
                 continue
             if self._is_call(node) or _name(node) in _REDUCTIONS:
                 real.add(node)
-            if self._is_call(node):
+            if self._is_call(node) or _name(node) in _WINDOWS:
                 real.update(self._base(n) for n in node.all_input_nodes)
         real.update(self._base(node) for node in self.outputs)
         real = {node for node in real if node.op == "call_function"}
+        real |= {node.args[0] for node in real if _name(node) == "getitem" and isinstance(node.args[0], fx.Node)}
         for node in self.nodes:
             fused = node.op == "call_function" and node not in real and not self._is_view(node)
             if fused and len(node.users) > 1 and len(self._operands(node, real)) > READS_THRESHOLD:
@@ -183,6 +200,8 @@ class _Player:
         for operand, node in self.last_use.items():
             ends.setdefault(node, []).append(operand)
         for node in self.nodes:
+            if node in self.copied:
+                memory[self.copied[node]] = _empty(self.copied[node].meta["val"])
             if node in self.real and _name(node) != "getitem":
                 self._place(node, memory, ends.get(node, ()))
             for operand in ends.get(node, ()):
@@ -201,6 +220,10 @@ class _Player:
             memory[node] = donor.as_strided(value.shape, value.stride())
         else:
             memory[node] = _empty(value)
+        held = node.args[2] if _name(node) == "convolution_backward" else None
+        if isinstance(held, fx.Node) and held.meta["val"].ndim > 2:
+            _ = _empty(held.meta["val"])  # the weights' gradient comes in NHWC, and is copied to their own layout
+            del _
         extra = self.gpu_extra(node.target, [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args])
         if extra:
             _ = torch.empty(extra, dtype=torch.uint8)
@@ -223,6 +246,21 @@ class _Player:
         assert self._is_view(node), node
         args = fx.node.map_aggregate(node.args, lambda n: self._value(n, memory) if isinstance(n, fx.Node) else n)
         return node.target(*args, **node.kwargs)  # type: ignore[operator]
+
+
+def _copied_weights(nodes: Sequence[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Convolution -> its weights, where inductor copies them to NHWC: not if any is grouped (`decide_layout_opt`), and
+    not where the layouts are one."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        if node.op == "call_function" and _name(node) == "convolution":
+            weight: Any = node.args[1]
+            shape, groups = weight.meta["val"].shape, node.args[-1]
+            if groups != 1 and shape[1] > 1:
+                return {}
+            if weight.op == "placeholder" and shape[1] > 1 and math.prod(shape[2:]) > 1:
+                found[node] = weight
+    return found
 
 
 def _empty(value: Tensor) -> Tensor:

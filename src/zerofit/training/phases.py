@@ -40,7 +40,14 @@ class PhasedEngine:
         self.current: Engine = build(plan.frozen_phase() if self.frozen else plan, spec, world)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "current":  # between two engines there is none
+            raise AttributeError(name)
         return getattr(self.current, name)
+
+    def close(self) -> None:
+        """Nothing is left to close where the second engine could not be built."""
+        if "current" in vars(self):
+            self.current.close()
 
     def thaw(self, source: Source) -> None:
         """Go on with the whole network from the checkpoint that the frozen phase ended in. Collective."""

@@ -65,7 +65,10 @@ def _target(path: Path) -> Path:
     """Where prepared data goes: there, or beside what is there already."""
     if not path.exists() or not _holds_something(path):
         return path
-    return path.with_name(f"{path.name.split('.')[0]}-prepared")
+    named = path if path.name not in ("", "..") else path.resolve()  # . and .. have no name of their own
+    if not named.name:
+        return Path("prepared")
+    return named.with_name(f"{named.name.split('.')[0] or named.name}-prepared")
 
 
 def _holds_something(path: Path) -> bool:
