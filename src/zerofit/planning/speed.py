@@ -70,9 +70,9 @@ FORMULAS = (
      "counted in zerofit's models; bandwidth x 0.875"),
     ("recomputation", "the forward pass of the checkpointed blocks once more; light: norm, convolution and step size; "
      "selective: the scan too", "Chen et al. 2016"),
-    ("launching", "7 us a kernel, 0.9 ms a compiled block; nothing with CUDA graphs; hooks: 2 us a parameter under "
-     "DDP, 95 us under ZeRO-1/2, 0.53 ms a module and pass under ZeRO-3, 0.25 ms a group and pass under FSDP2; a "
-     "micro-step takes the longer of this and the GPU's work",
+    ("launching", "7 us a kernel, 0.9 ms a compiled block, 0.5 ms a convolution; nothing with CUDA graphs; hooks: 2 us "
+     "a parameter under DDP, 95 us under ZeRO-1/2, 0.53 ms a module and pass under ZeRO-3, 0.25 ms a group and pass "
+     "under FSDP2; a micro-step takes the longer of this and the GPU's work",
      "fitted on H200; FSDP2's assumed"),
     ("communication", "all-reduce 2hP(N-1)/N once a step (DDP, ZeRO-1) or once a micro-step (ZeRO-2); ZeRO-1/2 "
      "all-gather hP(N-1)/N after the step; ZeRO-3 two all-gathers and a reduce-scatter of hP(N-1)/N each micro-step, "
