@@ -194,8 +194,9 @@ def test_the_clock_ends_a_run_on_two_ranks(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ early stopping
 
 
-def watch(values: list[float], **settings: object) -> tuple[Progress, int]:
-    """Feed evaluations to the loop's rule; the progress afterwards, and where the run ends."""
+def watch(values: list[float], thaws_after: int | None = None, **settings: object) -> tuple[Progress, int]:
+    """Feed evaluations to the loop's rule; the progress afterwards, and where the run ends. With `thaws_after` the
+    backbone is frozen in so many evaluations."""
     early = {"patience": 2, **settings}
     config = _config().model_copy(update={"early_stopping": SimpleNamespace(**{"metric": "val_loss", "min_delta": 0.0,
                                                                              "mode": "min", **early})})  # fmt: skip
@@ -204,7 +205,10 @@ def watch(values: list[float], **settings: object) -> tuple[Progress, int]:
     loop.checkpoints = SimpleNamespace(last_step=100)
     loop.events = SimpleNamespace(write=lambda *_, **__: None)
     loop.display = SimpleNamespace(say=lambda _: None)
+    loop.phases = None if thaws_after is None else SimpleNamespace()
     for number, value in enumerate(values, 1):
+        if thaws_after is not None:
+            loop.phases.frozen = number <= thaws_after
         loop._watch_metric(number, {"val_loss": value})
         if loop.last_step < 100:
             break
@@ -221,6 +225,12 @@ def test_patience() -> None:
     assert watch([math.nan, math.nan])[1] == 2
     with pytest.raises(ConfigError, match="an evaluation of this run has val_loss"):
         watch([1.0], metric="val_accuracy")
+
+
+def test_patience_begins_with_the_whole_network() -> None:
+    assert watch([3, 3, 3, 3, 4, 3.5, 3, 2], thaws_after=4)[1] == 100
+    assert watch([3, 3, 3, 3, 4, 5, 5], thaws_after=4)[1] == 7
+    assert watch([3, 3, 3, 3])[1] == 3
 
 
 def test_another_metric_is_watched_anew() -> None:

@@ -289,6 +289,8 @@ class Trainer:
                 f"early_stopping.metric {watch.metric}: an evaluation of this run has {', '.join(metrics)}. Name one "
                 f"of those."
             )
+        if self.phases is not None and self.phases.frozen:
+            return  # a head that has learnt what it can says nothing of the whole network, which comes next
         value = metrics[watch.metric] if watch.mode == "min" else -metrics[watch.metric]
         first = progress.watched_best is None and math.isfinite(value)  # nothing is better than NaN
         if first or (progress.watched_best is not None and value < progress.watched_best - watch.min_delta):
