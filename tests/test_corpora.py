@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zerofit.config.load import load_config
 from zerofit.config.models import GPT2Config
 from zerofit.config.schema import DataConfig
 from zerofit.data.metadata import infer_width, read_meta, read_plain_pickle
@@ -32,7 +33,7 @@ from zerofit.data.prepare.pieces import Piece, Tally, cut
 from zerofit.data.tokenizers import ByteTokenizer, CharTokenizer, load_tokenizer
 from zerofit.data.tokens import check_data, describe_inferred, open_tokens, vocabulary_size
 from zerofit.errors import DataError
-from zerofit.training.preset_data import _target
+from zerofit.training.preset_data import _target, refuse_presets_data
 
 LINES = [f"document {i}: to be or not to be, é\n" for i in range(60)]
 JSONL = "".join(json.dumps({"text": line, "id": i}) + "\n" for i, line in enumerate(LINES)).encode()
@@ -569,3 +570,14 @@ def test_where_prepared_data_goes_has_a_name(
     assert named.name == Path(found).name
     assert not named.exists()
     assert named.parent.resolve() == Path(typed).resolve().parent
+
+
+def test_a_folder_that_may_not_be_read_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def closed(self: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr("zerofit.training.preset_data.is_prepared", lambda path: closed(path))
+    resolved = load_config(None, "shakespeare_char", [("data.path", str(tmp_path / "mine"))])
+    with pytest.raises(DataError, match=r"mine cannot be read \(Permission denied.*name another folder"):
+        refuse_presets_data(resolved)

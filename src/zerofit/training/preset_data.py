@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config.images import ImageDataConfig
 from ..config.load import DEFAULT, ResolvedConfig
 from ..config.schema import DataConfig
 from ..data.images.store import is_prepared_images
@@ -23,6 +24,16 @@ def refuse_presets_data(resolved: ResolvedConfig) -> None:
     named, supposed = (origins.get(key, DEFAULT) for key in ("data.path", "data.prepare"))
     if not data.prepare or not supposed.startswith("preset ") or named == DEFAULT or named.startswith("preset "):
         return
+    try:
+        _refuse(data, named, supposed)
+    except PermissionError as error:
+        raise DataError(
+            f"{named}: data.path {data.path} cannot be read ({error.strerror}: {error.filename}). Let this user read "
+            f"it, or name another folder."
+        ) from None
+
+
+def _refuse(data: DataConfig | ImageDataConfig, named: str, supposed: str) -> None:
     if is_prepared_images(data.path):  # where tokens are wanted, that is said when they are looked for
         return
     if isinstance(data, DataConfig):
