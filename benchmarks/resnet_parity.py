@@ -31,7 +31,7 @@ from zerofit.training.schedule import learning_rate
 from zerofit.training.start import with_model_of_data
 
 BATCH = 64
-CASES = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2}
+CASES = {"single": 1, "ddp": 2, "zero1": 2, "zero2": 2, "zero3": 2, "fsdp2": 2}
 
 
 def main() -> None:
