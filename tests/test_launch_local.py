@@ -108,11 +108,13 @@ def test_a_value_of_the_user_is_kept(tmp_path: Path, module: Write) -> None:
 def test_two_gloo_ranks_meet(tmp_path: Path, module: Write) -> None:
     name = module(
         "import torch, torch.distributed as dist\n"
+        "from zerofit.engines.world import leave\n"
         "dist.init_process_group('gloo')\n"
         "one = torch.ones(1)\n"
         "dist.all_reduce(one)\n"
         "print('sum', one.item())\n"
         "dist.destroy_process_group()\n"
+        "leave(0)\n"
     )
     assert launch(2, [], log_dir=tmp_path / "logs", module=name) == 0
     assert (tmp_path / "logs/rank-1.log").read_text() == "sum 2.0\n"

@@ -18,7 +18,7 @@ import torch
 from ..checkpoint.model import initial_reader
 from ..engines.build import build
 from ..engines.cuda_graphs import EAGER_STEPS
-from ..engines.world import launcher_store, open_world
+from ..engines.world import launcher_store, leave, open_world
 from ..models import model_spec
 from ..planning.plan import Plan
 from ..tasks import task_of
@@ -71,3 +71,4 @@ def measured_bytes(world: World) -> dict[str, int | None]:
 
 if __name__ == "__main__":
     main()
+    leave(0)

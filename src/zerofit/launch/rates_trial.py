@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..engines.world import leave
 from ..planning.speed import CPU_ADAM_BYTES
 from .trials import write_result
 
@@ -136,3 +137,4 @@ def _outside(device: torch.device, free_before_bytes: int, name: str) -> dict[st
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -16,13 +16,13 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypedDict, cast
+from typing import TypedDict, cast
 
 from torch.distributed import Store
 
 from ..config.arguments import parse_arguments
 from ..config.load import load_config
-from ..engines.world import launcher_store
+from ..engines.world import launcher_store, leave
 from ..errors import ConfigError, ZerofitError
 from ..planning.plan import Plan
 from .rank import train_rank
@@ -134,17 +134,6 @@ def _read_or_prepare(arguments: list[str]) -> PreparedRun | None:
             f"again with --num-gpus {world_size}."
         )
     return prepared
-
-
-def leave(code: int) -> NoReturn:
-    """End this process without taking the interpreter apart.
-
-    Everything of ours is closed by now, and the exit code means something. Taken apart, threads of PyTorch that belong
-    to its collectives end the process with SIGABRT now and then (seen with gloo, torch 2.13).
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":
