@@ -39,7 +39,7 @@ _MORE_SOURCES = {
         "../kernels/head_loss.py",
     ),
     "resnet": ("batch_norm.py",),
-    "timm": ("batch_norm.py", "classification.py"),
+    "timm": ("batch_norm.py", "classification.py", "timm_buffers.py"),
 }
 #: Architectures whose loss waits for the backward pass in fp16 (`kernels.head_loss`).
 _FP16_DIFFERS = ("mamba",)
