@@ -155,15 +155,16 @@ def _normalised(module: Any, after: Sequence[nn.Module], sync: bool, x: Tensor) 
 
 
 def _recompute(block: nn.Module) -> None:
-    """Recompute the block's activations in the backward pass."""
-    inner = block.forward
+    """Recompute the block's activations in the backward pass. Around its call: what is compiled lies inside."""
+    kind = type(block)
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inner = functools.partial(kind.__call__, self)
         if not torch.is_grad_enabled():
-            return inner(x, *args, **kwargs)
-        return checkpoint(inner, x, *args, use_reentrant=False, context_fn=recomputation_contexts, **kwargs)
+            return inner(*args, **kwargs)
+        return checkpoint(inner, *args, use_reentrant=False, context_fn=recomputation_contexts, **kwargs)
 
-    block.forward = forward
+    block.__class__ = type(f"Recomputed{kind.__name__}", (kind,), {"__call__": call})
 
 
 def blocks_in(model: nn.Module, prefix: str = "") -> Iterator[str]:
