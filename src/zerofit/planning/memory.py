@@ -182,8 +182,6 @@ def _micro_step(plan: Plan) -> tuple[list[StepEvent], list[int]]:
     """The events of one micro-step, and the bytes of each input."""
     every, depth = plan.activation_checkpointing_every, plan.model.depth
     if not plan.model.blocks_alike:
-        if plan.compile and plan.strategy == "fsdp2" and not every:
-            raise ValueError("compiled as a whole, which FSDP2 cuts at its blocks")
         whole = store.template(plan, recompute=every > 0)
         inputs = [slope * plan.micro_batch + offset for slope, offset in whole.inputs]
         return list(compose(whole, None, depth, 0, plan.micro_batch)), inputs
