@@ -31,7 +31,7 @@ BAR_WIDTH = 40
 #: Items of the memory bar, by the letter that fills it.
 _BAR = (
     ("p", "parameters", ("parameters", "gathered")),
-    ("o", "optimizer states", ("master", "moments", "ema")),
+    ("o", "optimizer states", ("master", "moments", "ema", "decoded states")),
     ("g", "gradients and buckets", ("gradients", "buckets")),
     ("a", "activations and logits", ("activations", "logits")),
     ("c", "context and NCCL", ("context",)),
