@@ -351,16 +351,16 @@ def _with_kinds(settings: dict[str, Entry]) -> dict[str, Entry]:
             fitting = [kind for kind, leaves in known.items() if given.keys() <= leaves]
             settings = {**settings, name: Entry(name, (fitting or list(known))[0], DEFAULT)}
         kind = settings[name].value
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise _wrong_value(keys()[name], settings[name])
         for leaf, entry in given.items():
-            if leaf not in known[str(kind)]:
+            if leaf not in known[kind]:
                 owners = " and ".join(sorted(keys()[entry.name].kinds))
                 out = "Choose a preset of that kind" if entry.origin.startswith("preset ") else "Take it out"
                 raise ConfigError(
                     f"{entry.origin}: {entry.name} is a setting of {section}.kind {owners}, and {section}.kind is "
                     f"{kind} ({settings[name].origin}). {out}, or set {section}.kind {owners}; the keys of "
-                    f"{kind} are {', '.join(sorted(known[str(kind)] - {'kind'}))}."
+                    f"{kind} are {', '.join(sorted(known[kind] - {'kind'}))}."
                 )
     return settings
 
