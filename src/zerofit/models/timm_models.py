@@ -29,6 +29,7 @@ from .base import named_unique_parameters
 from .batch_norm import batch_norm, recomputation_contexts
 from .classification import classification_sums
 from .timm_buffers import keep_exact
+from .timm_work import watch
 
 #: torchvision's operators that its own import looks for.
 _OPERATORS = ("nms", "qnms")
@@ -206,7 +207,9 @@ def describe(config: TimmConfig) -> dict[str, Any]:
 
     with torch.device("meta"):
         model = create(config)
-    blocks, sizes = _watched(model, list(blocks_in(model)) or list(parts_in(model)))
+    names_of_blocks = list(blocks_in(model)) or list(parts_in(model))
+    blocks, sizes = _watched(model, names_of_blocks)
+    counted = watch(model, names_of_blocks, samples=2)
     images = torch.zeros(2, 3, config.pixels, config.pixels, device="meta")
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -239,6 +242,7 @@ def describe(config: TimmConfig) -> dict[str, Any]:
         "saved_elements": sizes["all"] // 2,
         "largest_block_elements": sizes["largest"] // 2,
         "boundary_elements": sizes["boundaries"] // 2,
+        "work": counted(counter, called),
     }
 
 
