@@ -154,8 +154,8 @@ def time_kernel(state: Any, master: str) -> dict[str, Any]:
 
 
 def time_step(name: str, layers: int) -> Iterator[dict[str, Any]]:
-    """`FlatOptimizer.step` over the shapes of a deeper GPT-2 XL: in one pass, and with gathered gradients. Milliseconds of
-    the GPU and of the host, GB/s of what must be read and written, and memory that the step takes for itself."""
+    """`FlatOptimizer.step` over the shapes of a deeper GPT-2 XL: in one pass, and with gathered gradients. Milliseconds
+    of the GPU and of the host, GB/s of what must be read and written, memory that the step takes for itself."""
     optimizer, compute = STEPS[name]
     dtype, device = {"fp32": torch.float32, "bf16": torch.bfloat16}[compute], torch.device("cuda")
     model = GPT2Config(n_layer=layers, n_head=25, n_embd=1600, block_size=1024, vocab_size=50257, pad_vocab_to=64)

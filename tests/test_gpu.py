@@ -167,19 +167,19 @@ def test_a_step_in_one_pass_counts_elements_in_64_bits() -> None:
 
     device, rule, end, tail = torch.device("cuda"), Rule("lion"), 2**31 + 4096, 6000
     flat = Flat(torch.ones(end, dtype=torch.bfloat16, device=device), (Moment(end, "bf16", True, device),))
-    gradient, last = (
-        torch.full((end - 1000,), 1e-3, dtype=torch.bfloat16, device=device),
-        torch.ones(1000, device=device),
-    )
-    places, one = Places([gradient, last.bfloat16()], None), torch.ones((), device=device)
+    gradient = torch.full((end - 1000,), 1e-3, dtype=torch.bfloat16, device=device)
+    last, one = torch.ones(1000, dtype=torch.bfloat16, device=device), torch.ones((), device=device)
+    places = Places([gradient, last], None)
     own, figures = GroupStep(rule, [(0, end - 1000), (end - 1000, 1000)]), Figures.of(rule, one, one, 0 * one)
     assert own.runs(flat, places)
     own(flat, places, figures, None, lr=1e-2, weight_decay=0.1, seed=9, stream=4)
     weights, means = torch.ones(tail, dtype=torch.bfloat16, device=device), Moment(tail, "bf16", True, device)
-    joined = torch.cat([gradient[-(tail - 1000) :], last.bfloat16()])
+    joined = torch.cat([gradient[-(tail - 1000) :], last])
     reference_step(rule, joined, weights, (means,), figures.packed, 1e-2, 0.1, 9, 4, end - tail)
-    assert torch.equal(flat.weights[-tail:], weights)
-    assert torch.equal(flat.moments[0].values[-tail:], means.values)
+    for found, true in ((flat.weights[-tail:], weights), (flat.moments[0].values[-tail:], means.values)):
+        assert len(true.unique()) > 1
+        # Beside a last bit that decides another way: other random numbers would change half of the values.
+        assert (found != true).float().mean().item() < 0.01
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -328,6 +328,9 @@ def step_group(
         rounds=7,
         # In 8 bits parameters begin blocks; 8 elements are 16 bytes of bf16 and 32 of fp32.
         aligned=BLOCK if bits == 8 else 8,
+        # Both forms of a tile then round alike, whatever the compiler makes of each: a resumed run whose gradients lie
+        # at other addresses is still the same run.
+        enable_fp_fusion=False,
         # As many as 8-bit codes need without spilling; the compiler takes 168, which leaves three programs on a
         # multiprocessor. (Seen in what Triton 3.6 and 3.8 compile for an H200, not timed.)
         **({"maxnreg": 128} if bits == 8 else {}),

@@ -32,8 +32,8 @@ SCAN_SECONDS, SCAN_BACKWARD_SECONDS = 6.5e-13, 2.13e-12
 EAGER_TRAFFIC, LOGIT_BYTES = 1.2, {"eager": 34, "compiled": 16}
 #: Bytes the optimizer's step moves a parameter: AdamW in one pass over flat fp32 masters reads the gradient, reads and
 #: writes master and moments, writes the compute copy (28), and the norm reads the gradient (2); in full fp32 32.
-#: Counted. The rows that the other constants were fitted to ran a step that gathered gradients first, and took 27 ms of 1.73e9
-#: parameters on an H200 where this counts 12: those constants hold the difference until the one pass is measured.
+#: Counted. The rows that the other constants were fitted to ran a step that gathered gradients first, and took 27 ms
+#: for 1.73e9 parameters on an H200 where this counts 12: the others hold the difference until one pass is measured.
 #: DeepSpeed's step around the same kernel takes as long as 190 (fitted: 252 against 184 ms on one GPU).
 ADAM_BYTES, ADAM_FP32_BYTES, ZERO_STEP_BYTES = 30, 32, 190
 #: AdamW on the CPU: gradient, master and moments read, master and moments written, in fp32.
