@@ -272,7 +272,11 @@ def run_case(args: argparse.Namespace) -> None:
         synchronize()
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[WARM_UP:])
-    timeline = profiled(lambda: step(0)) if args.profile and cuda else {}
+    timeline = {}
+    if args.profile and cuda:
+        from timeline import profiled
+
+        timeline = profiled(lambda: step(0))
     free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
     allocated, reserved = busiest(
         max(started_bytes, torch.cuda.max_memory_allocated()), torch.cuda.max_memory_reserved()
@@ -298,49 +302,6 @@ def run_case(args: argparse.Namespace) -> None:
     )
     sys.stdout.flush()
     os._exit(0)  # what libraries leave behind need not be waited for
-
-
-def profiled(step: Callable[[], object]) -> dict[str, Any]:
-    """Milliseconds of a step in which this rank's GPU computes, communicates, does both, or nothing; its kernels that
-    take longest."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        for _ in range(2):
-            step()
-        torch.cuda.synchronize()
-    spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    totals: dict[str, float] = {}
-    for event in found.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.device_type() != torch.autograd.DeviceType.CUDA or event.duration_ns() <= 0:
-            continue
-        if getattr(event, "is_user_annotation", lambda: False)():
-            continue  # a range that a library marked, not a kernel
-        name, start = event.name(), event.start_ns() / 1e6
-        spans["nccl" in name.lower()].append((start, start + event.duration_ns() / 1e6))
-        totals[name[:60]] = totals.get(name[:60], 0.0) + event.duration_ns() / 2e6
-    begin = min(start for some in spans.values() for start, _ in some)
-    end = max(stop for some in spans.values() for _, stop in some)
-    computing, communicating, either = (
-        _covered(some) / 2 for some in (spans[False], spans[True], spans[False] + spans[True])
-    )
-    return {
-        "profile_ms": {
-            "step": (end - begin) / 2, "computing": computing, "communicating": communicating,
-            "both": computing + communicating - either, "idle": (end - begin) / 2 - either,
-        },
-        "kernels_ms": dict(sorted(totals.items(), key=lambda item: -item[1])[:25]),
-    }  # fmt: skip
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union."""
-    total, until = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, until))
-        until = max(until, stop)
-    return total
 
 
 def busiest(*figures: int) -> list[int]:

@@ -16,9 +16,10 @@ from torch import Tensor
 from ...kernels.triton_use import agrees, use_triton
 from ..order import Indices
 from .decode import MAX_ASPECT, import_pillow
-from .file_bytes import FileBytes, decode_here
+from .processes import Processes
 from .readers import parts
 from .store import ImageStore
+from .work import WholeFiles, decode_here
 
 _log = logging.getLogger(__name__)
 
@@ -85,9 +86,8 @@ class GpuFilesReader:
     ) -> None:
         self.store, self.device, self.decoder = store, device, decoder
         only_jpegs = bool(store.index["plain_jpeg"].all())
-        self._files = FileBytes(
-            store, min(workers, READING_PROCESSES) if only_jpegs else workers, prefetch_factor, READ_BYTES
-        )
+        readers = min(workers, READING_PROCESSES) if only_jpegs else workers
+        self._files = Processes(WholeFiles(store), readers, prefetch_factor, READ_BYTES)
         self._buffers: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self.size = int(store.meta["request"]["cache_size"])
         self._in_use: tuple[Any, object] = (None, None)
