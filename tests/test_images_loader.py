@@ -252,6 +252,29 @@ def test_processes_neither_run_the_script_again_nor_import_torch(tmp_path: Path)
     assert done.stdout == "script\n[[0], [0], [0], [0]]\n", done.stderr
 
 
+@pytest.mark.parametrize("code", [0, 801])
+def test_memory_that_cannot_be_page_locked_is_used_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    asked = []
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(address: int, size: int, flags: int) -> int:  # noqa: N802
+            asked.append((address, size, flags))
+            return code
+
+    def reports_the_failed_call(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: operation not supported")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "zeros", reports_the_failed_call)
+    memory = np.zeros(4096, np.uint8)
+    assert readers.page_lock(memory) is (code == 0)
+    assert asked == [(memory.ctypes.data, 4096, 0)]
+    assert ("could not be page-locked (CUDA error 801)" in caplog.text) is (code != 0)
+
+
 def test_nvjpeg_is_none_where_there_is_none() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
