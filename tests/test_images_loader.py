@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -170,6 +171,26 @@ def test_large_files_are_shrunk_and_bad_ones_go_to_pillow(prepared: Path) -> Non
     reader.close()
     for number, pixels, (height, width, _) in zip(dataset.numbers, canvas, sizes.tolist(), strict=True):
         assert (pixels[:height, :width].numpy() == dataset.store.pixels(int(number))).all()
+
+
+def test_bytes_stay_while_they_are_decoded(prepared: Path) -> None:
+    """Whoever takes files from the processes works ahead, and must not write over what is being decoded."""
+    dataset = _dataset(prepared)
+
+    def slow(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        time.sleep(0.05)
+        return _with_pillow(encoded)
+
+    alone = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=0)
+    reader = GpuFilesReader(dataset.store, CPU, slow, workers=2)
+    batches = [np.roll(dataset.numbers, -3 * turn)[:3] for turn in range(8)]
+    for numbers, (canvas, sizes) in zip(batches, reader.batches(batches), strict=True):
+        ((true, true_sizes),) = alone.batches([numbers])
+        assert sizes.tolist() == true_sizes.tolist()
+        for found, wanted, (height, width, _) in zip(canvas, true, sizes.tolist(), strict=True):
+            assert torch.equal(found[:height, :width], wanted[:height, :width])
+    reader.close()
+    alone.close()
 
 
 def _files(store: ImageStore, workers: int, piece_bytes: int) -> Processes:

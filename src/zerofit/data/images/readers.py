@@ -32,7 +32,7 @@ class Reader(Protocol):
 
     def batches(self, numbers: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each batch of index rows: canvases (B, H, W, 3) uint8, and sizes (B, 3) int32: the height and width that
-        are filled, and whether rows and columns are exchanged."""
+        are filled, and whether rows and columns are exchanged. `numbers` may be walked in another thread."""
 
     def close(self) -> None:
         """Stop the processes."""
