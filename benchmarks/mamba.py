@@ -63,6 +63,11 @@ CASES: dict[str, dict[str, Any]] = {
     "7b-fsdp2": {"strategy": "fsdp2"},
     "7b-fsdp2-8-ctas": {"strategy": "fsdp2", "ctas": 8},
     "7b-fsdp2-gathered-8-ctas": {"strategy": "fsdp2", "fsdp": {"reshard_after_forward": False}, "ctas": 8},
+    "7b-fsdp2-compiled-8-ctas": {"strategy": "fsdp2", "compile": True, "ctas": 8},
+    "7b-fsdp2-gathered-compiled-8-ctas": {
+        "strategy": "fsdp2", "fsdp": {"reshard_after_forward": False}, "compile": True, "ctas": 8,
+    },
+    "7b-zero2-compiled": {**ZERO2, "compile": True},
     "7b-fsdp2-light": {"strategy": "fsdp2", "recompute": "light"},
     "7b-fsdp2-selective": {"strategy": "fsdp2", "recompute": "selective"},
     "7b-fsdp2-full": {"strategy": "fsdp2", "recompute": "full"},
@@ -79,6 +84,7 @@ CASES: dict[str, dict[str, Any]] = {
     # Scale at 1.4B, 4 samples of 2048 tokens a GPU and step; four times as many; and other buckets.
     **{f"scale-{n}": _scaled(n) for n in (1, 2, 4)},
     **{f"scale-accumulated-{n}": _scaled(n, accumulation=4) for n in (1, 2, 4)},
+    **{f"scale-compiled-{n}": {**_scaled(n), "compile": True, "recompute": "none"} for n in (1, 2, 4)},
     **{f"scale-4-buckets-{mb}": _scaled(4, bucket_mb=mb) for mb in (100, 400)},
     # The table.
     **{
@@ -230,6 +236,7 @@ def plan_of(case: dict[str, Any], args: argparse.Namespace) -> Any:
             "micro_batch": case.get("micro_batch", 1),
             "accumulation_steps": case.get("accumulation", 1),
             "precision": case.get("precision", "bf16"),
+            "compile": case.get("compile", False),
             "activation_checkpointing_every": int(recompute != "none"),
             "recomputation": "full" if recompute == "none" else recompute,
             "optimizer": case.get("optimizer", {}),
