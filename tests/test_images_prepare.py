@@ -6,9 +6,11 @@ import errno
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -579,16 +581,64 @@ def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         _prepare(root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out.partial" / "pixels-00002.bin.4711").write_bytes(b"what a killed process had written")
     again: list[object] = []
     monkeypatch.setattr(prepare_module.shards, "check_shard", lambda *job: (again.append(job[1]), real(*job))[1])
     assert _prepare(root, tmp_path / "out").samples == {"train": 10, "val": 2}
     assert (done, again) == ([0, 1], [2])  # finished shards were kept
+    assert not list((tmp_path / "out").glob("*.4711"))
     store = ImageStore(tmp_path / "out")
     for number, row in enumerate(read_files(tmp_path / "out")):
         assert (
             store.pixels(number)
             == decode(Path(row["path"]).read_bytes(), 16, ANY, RESIZERS[store.meta["resize"]]).pixels
         ).all()
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+import zerofit.data.prepare.images as module
+from zerofit.config.images import ImageDataConfig
+from zerofit.data.images.decode import Limits
+from zerofit.data.images.discover import discover
+jobs = [([picture], number, Path(sys.argv[2]), Limits(1, 10**6), 20, "pillow", True)
+        for number, picture in enumerate(discover([sys.argv[1]]).pictures)]
+if sys.argv[3] == "fork":
+    assert module._context("pillow").get_start_method() == "fork"
+else:
+    module._context = lambda resize: multiprocessing.get_context("forkserver")
+done = module._run_in_processes(jobs, "pillow", 2)
+next(done)
+print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("how", ["fork", "forkserver"])
+def test_processes_end_when_the_command_is_killed(tmp_path: Path, how: str) -> None:
+    root, work = write_folder(tmp_path / "in", each=10), tmp_path / "work"
+    work.mkdir()
+    # Into a file: processes that stayed would hold a pipe open, and the test would wait for it.
+    with (tmp_path / "told").open("w") as told:
+        subprocess.run([sys.executable, "-c", KILLED, str(root), str(work), how], stdout=told, timeout=60)
+    children = [int(pid) for pid in (tmp_path / "told").read_text().split()]
+    assert len(children) == 2
+    until = time.monotonic() + 10
+    while any(map(_running, children)) and time.monotonic() < until:
+        time.sleep(0.05)
+    left = [pid for pid in children if _running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def test_processes_write_what_one_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

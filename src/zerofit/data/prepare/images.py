@@ -382,7 +382,7 @@ def _write_files(work: Path, kept: Sequence[tuple[Checked, str | None]], classes
 
 def _publish(work: Path, folder: Path) -> None:
     """The finished folder in place of what was there."""
-    for path in (*work.glob("rows-*"), work / "request.json"):
+    for path in (*work.glob("rows-*"), *work.glob("pixels-*.bin.*"), work / "request.json"):  # a kill leaves some
         path.unlink()
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
