@@ -354,3 +354,21 @@ def test_animals_from_a_package(tmp_path: Path) -> None:
     assert result.samples["val"] >= 10
     store = open_images(tmp_path / "out", "train", 1).store
     assert store.canvas == (28, 28)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no server that starts processes there")
+def test_a_rank_that_leaves_takes_the_folder_of_its_processes_along(tmp_path: Path) -> None:
+    """A rank ends without Python's clean-up, which is what removes multiprocessing's folder in /tmp."""
+    script = (
+        "from zerofit.data.images.processes import Processes\n"
+        "from zerofit.engines.world import leave\n"
+        "from pathlib import Path\n"
+        "import sys\n"
+        "processes = Processes(print, 1, 1, 4096)\n"
+        "there = len(list(Path(sys.argv[1]).iterdir()))\n"
+        "processes.close()\n"
+        "leave(0 if there else 1)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    assert subprocess.run(command, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=60).returncode == 0
+    assert list(tmp_path.iterdir()) == []

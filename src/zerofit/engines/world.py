@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import util
 from typing import NoReturn
 
 import torch
@@ -69,4 +70,5 @@ def leave(code: int) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    util._run_finalizers()  # multiprocessing's temporary folder, which else stays in /tmp
     os._exit(code)
