@@ -550,6 +550,12 @@ def test_a_damaged_cache_is_refused(tmp_path: Path) -> None:
     pixels.unlink()
     with pytest.raises(DataError, match="is missing"):
         check_images(config)
+    (tmp_path / "out" / "index.npy").write_bytes(b"no array")
+    with pytest.raises(DataError, match=r"index\.npy cannot be read"):
+        check_images(config)
+    (tmp_path / "out" / "index.npy").unlink()
+    with pytest.raises(DataError, match=r"index\.npy cannot be read \(No such file"):
+        check_images(config)
     (tmp_path / "out" / "meta.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         check_images(config)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...config.images import ImageDataConfig
 from ...errors import DataError
@@ -83,7 +84,7 @@ class ImageStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta = read_images_meta(folder)
-        self.index = np.load(folder / INDEX)
+        self.index = _read_index(folder)
         if self.index.dtype != RECORD or len(self.index) != self.meta["files"]:
             raise DataError(f"{folder / INDEX} does not belong to its {META}. Prepare the pictures again with --force.")
 
@@ -156,6 +157,15 @@ class ImageStore:
     def _slice(self, shard: int, offset: int, height: int, width: int) -> Pixels:
         size = height * width * 3
         return self.shards[shard][offset : offset + size].reshape(height, width, 3)
+
+
+def _read_index(folder: Path) -> NDArray[np.void]:
+    try:
+        index: NDArray[np.void] = np.load(folder / INDEX)
+    except (OSError, ValueError, EOFError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or "it is no array"
+        raise DataError(f"{folder / INDEX} cannot be read ({why}). Prepare the pictures again with --force.") from error
+    return index
 
 
 def read_files(folder: Path) -> Iterator[dict[str, Any]]:
