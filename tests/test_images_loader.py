@@ -372,3 +372,27 @@ def test_a_rank_that_leaves_takes_the_folder_of_its_processes_along(tmp_path: Pa
     command = [sys.executable, "-c", script, str(tmp_path)]
     assert subprocess.run(command, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=60).returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no server that starts processes there")
+def test_processes_of_a_rank_that_died_end_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "from zerofit.data.images.work import Filled\n"
+        "def work(numbers, memory):\n"
+        "    time.sleep(0.3)\n"
+        "    return Filled([0])\n"
+    )
+    script = (
+        "import os, slow\n"
+        "from zerofit.data.images.processes import Processes\n"
+        "pieces = Processes(slow.work, 2, 2, 4096).pieces(iter([[number] for number in range(9)]))\n"
+        "next(pieces)\n"
+        "os._exit(0)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,  # until all have let go of stderr
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": path},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")

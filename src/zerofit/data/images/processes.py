@@ -165,7 +165,12 @@ def _serve(work: Work, connection: Connection, shared: Any, slots: int) -> None:
             slot, numbers = connection.recv()
         except (EOFError, OSError):
             return
+        answer: Filled | Exception
         try:
-            connection.send(work(numbers, memory[slot]))
+            answer = work(numbers, memory[slot])
         except Exception as error:  # raised where the piece is taken
-            connection.send(error)
+            answer = error
+        try:
+            connection.send(answer)
+        except OSError:  # nobody wants it any more
+            return
