@@ -396,3 +396,15 @@ def test_processes_of_a_rank_that_died_end_without_a_word(tmp_path: Path) -> Non
         env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": path},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_pictures_that_were_prepared_anew_are_not_taken_for_those_of_the_run(tmp_path: Path) -> None:
+    """Processes open the folder again at every evaluation; a number stands for another picture then."""
+    config = ImageDataConfig(path=tmp_path / "out", prepare=(str(write_folder(tmp_path / "in")),), cache_size=16)
+    prepare_images(config)
+    work = Canvases(ImageStore(tmp_path / "out"))
+    prepare_images(config.model_copy(update={"split_seed": 7}), force=True)
+    processes = Processes(work, 1, 1, work.bytes_each)
+    with pytest.raises(DataError, match="was prepared anew while this run reads it"):
+        next(processes.pieces(iter([np.array([0])])))
+    processes.close()
