@@ -43,6 +43,13 @@ LOW_BIT = {"optimizer": {"state": "8bit", "master": "bf16"}}
 BF16_STATES = {"optimizer": {"state": "bf16", "master": "bf16"}}
 CARD = {"card": True, "residual_in_fp32": False}
 
+
+def _scaled(gpus: int, **more: Any) -> dict[str, Any]:
+    strategy = "ddp" if gpus > 1 else "single"
+    return {"size": "1_4b", "gpus": gpus, "strategy": strategy, "micro_batch": 4, "length": 2048,
+            "recompute": "light", **more}  # fmt: skip
+
+
 CASES: dict[str, dict[str, Any]] = {
     # 7B, micro-batch 1, T = 4096; the peer in the same run.
     "peer-zero2": {"peer": True, "stage": 2},
@@ -56,6 +63,11 @@ CASES: dict[str, dict[str, Any]] = {
     "7b-fsdp2": {"strategy": "fsdp2"},
     "7b-fsdp2-8-ctas": {"strategy": "fsdp2", "ctas": 8},
     "7b-fsdp2-gathered-8-ctas": {"strategy": "fsdp2", "fsdp": {"reshard_after_forward": False}, "ctas": 8},
+    "7b-fsdp2-compiled-8-ctas": {"strategy": "fsdp2", "compile": True, "ctas": 8},
+    "7b-fsdp2-gathered-compiled-8-ctas": {
+        "strategy": "fsdp2", "fsdp": {"reshard_after_forward": False}, "compile": True, "ctas": 8,
+    },
+    "7b-zero2-compiled": {**ZERO2, "compile": True},
     "7b-fsdp2-light": {"strategy": "fsdp2", "recompute": "light"},
     "7b-fsdp2-selective": {"strategy": "fsdp2", "recompute": "selective"},
     "7b-fsdp2-full": {"strategy": "fsdp2", "recompute": "full"},
@@ -69,12 +81,11 @@ CASES: dict[str, dict[str, Any]] = {
     "24gb-zero3-low-bit-full": {**ZERO3, "recompute": "full", "tight": True, **CARD, **LOW_BIT},
     "24gb-zero2-cpu": {**ZERO2, "recompute": "full", "offload": "cpu", "tight": True, "steps": 4, **CARD},
     "24gb-zero3-cpu": {**ZERO3, "recompute": "selective", "offload": "cpu", "tight": True, "steps": 4, **CARD},
-    # Scale at 1.4B, 4 samples of 2048 tokens a GPU.
-    **{
-        f"scale-{n}": {"size": "1_4b", "gpus": n, "strategy": "ddp" if n > 1 else "single", "micro_batch": 4,
-                       "length": 2048, "recompute": "light"}
-        for n in (1, 2, 4)
-    },
+    # Scale at 1.4B, 4 samples of 2048 tokens a GPU and step; four times as many; and other buckets.
+    **{f"scale-{n}": _scaled(n) for n in (1, 2, 4)},
+    **{f"scale-accumulated-{n}": _scaled(n, accumulation=4) for n in (1, 2, 4)},
+    **{f"scale-compiled-{n}": {**_scaled(n), "compile": True, "recompute": "none"} for n in (1, 2, 4)},
+    **{f"scale-4-buckets-{mb}": _scaled(4, bucket_mb=mb) for mb in (100, 400)},
     # The table.
     **{
         f"{size}-table-{name}": {"size": size, "recompute": "light", **strategy}
@@ -223,8 +234,9 @@ def plan_of(case: dict[str, Any], args: argparse.Namespace) -> Any:
             "device": "cuda" if cuda or not args.small else "cpu",
             "world_size": world,
             "micro_batch": case.get("micro_batch", 1),
-            "accumulation_steps": 1,
+            "accumulation_steps": case.get("accumulation", 1),
             "precision": case.get("precision", "bf16"),
+            "compile": case.get("compile", False),
             "activation_checkpointing_every": int(recompute != "none"),
             "recomputation": "full" if recompute == "none" else recompute,
             "optimizer": case.get("optimizer", {}),
@@ -325,6 +337,8 @@ def run_ours(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
 
     if "ctas" in case:
         os.environ["NCCL_MAX_CTAS"] = str(case["ctas"])  # multiprocessors that a collective may take
+    if "bucket_mb" in case:
+        set_bucket(case["bucket_mb"])
     plan = plan_of(case, args)
     opened = open_world(plan, launcher_store())
     world = opened.__enter__()
@@ -337,6 +351,17 @@ def run_ours(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
         return engine.train_step(window, 1e-4, index).read().loss
 
     return step, plan.global_batch * plan.model.sequence_length, plan.parameters
+
+
+def set_bucket(megabytes: int) -> None:
+    """Let DDP reduce gradients in pieces of another size than its 25 MB."""
+    from zerofit.engines import ddp
+
+    class Bucketed(ddp.DistributedDataParallel):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options, bucket_cap_mb=megabytes)
+
+    ddp.DistributedDataParallel = Bucketed  # type: ignore[misc]
 
 
 def quick_reader(spec: Any, model: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -172,6 +173,26 @@ def test_large_files_are_shrunk_and_bad_ones_go_to_pillow(prepared: Path) -> Non
         assert (pixels[:height, :width].numpy() == dataset.store.pixels(int(number))).all()
 
 
+def test_bytes_stay_while_they_are_decoded(prepared: Path) -> None:
+    """Whoever takes files from the processes works ahead, and must not write over what is being decoded."""
+    dataset = _dataset(prepared)
+
+    def slow(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        time.sleep(0.05)
+        return _with_pillow(encoded)
+
+    alone = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=0)
+    reader = GpuFilesReader(dataset.store, CPU, slow, workers=2)
+    batches = [np.roll(dataset.numbers, -3 * turn)[:3] for turn in range(8)]
+    for numbers, (canvas, sizes) in zip(batches, reader.batches(batches), strict=True):
+        ((true, true_sizes),) = alone.batches([numbers])
+        assert sizes.tolist() == true_sizes.tolist()
+        for found, wanted, (height, width, _) in zip(canvas, true, sizes.tolist(), strict=True):
+            assert torch.equal(found[:height, :width], wanted[:height, :width])
+    reader.close()
+    alone.close()
+
+
 def _files(store: ImageStore, workers: int, piece_bytes: int) -> Processes:
     return Processes(WholeFiles(store), workers, 2, piece_bytes)
 
@@ -250,6 +271,29 @@ def test_processes_neither_run_the_script_again_nor_import_torch(tmp_path: Path)
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.stdout == "script\n[[0], [0], [0], [0]]\n", done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 801])
+def test_memory_that_cannot_be_page_locked_is_used_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    asked = []
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(address: int, size: int, flags: int) -> int:  # noqa: N802
+            asked.append((address, size, flags))
+            return code
+
+    def reports_the_failed_call(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: operation not supported")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "zeros", reports_the_failed_call)
+    memory = np.zeros(4096, np.uint8)
+    assert readers.page_lock(memory) is (code == 0)
+    assert asked == [(memory.ctypes.data, 4096, 0)]
+    assert ("could not be page-locked (CUDA error 801)" in caplog.text) is (code != 0)
 
 
 def test_nvjpeg_is_none_where_there_is_none() -> None:

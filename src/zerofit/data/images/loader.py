@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice, tee
+from itertools import islice
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -115,7 +115,9 @@ class _Device:
 
     def __init__(self, device: torch.device | None, *, pin: bool) -> None:
         self.device, self.pin = device, pin
-        self._stream: Any = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+        on_gpu = device is not None and device.type == "cuda"
+        # Preferred: a few short kernels and copies a batch, which would else queue behind the training's.
+        self._stream: Any = torch.cuda.Stream(device, priority=-1) if on_gpu else None
 
     def inside(self) -> AbstractContextManager[object]:
         """What the thread that makes batches enters."""
@@ -212,10 +214,10 @@ class ImageLoader:
 
     def _windows(self, step: int) -> Iterator[tuple[list[Batch], Any]]:
         dataset, size = self.dataset, self.share.micro_batch
-        planned, asked = tee(self._planned(step))
-        read = self._reader.batches(dataset.numbers[places] for places, _ in asked)
+        # The reader may walk its plan in another thread, so it has one of its own.
+        read = self._reader.batches(dataset.numbers[places] for places, _ in self._planned(step))
         window = list[Batch]()
-        for places, keys in planned:
+        for places, keys in self._planned(step):
             canvas, sizes = next(read)
             inputs = {
                 "sizes": sizes,

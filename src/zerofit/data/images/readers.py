@@ -32,7 +32,7 @@ class Reader(Protocol):
 
     def batches(self, numbers: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
         """For each batch of index rows: canvases (B, H, W, 3) uint8, and sizes (B, 3) int32: the height and width that
-        are filled, and whether rows and columns are exchanged."""
+        are filled, and whether rows and columns are exchanged. `numbers` may be walked in another thread."""
 
     def close(self) -> None:
         """Stop the processes."""
@@ -101,8 +101,8 @@ class CanvasReader:
 
 def page_lock(memory: Bytes) -> bool:
     """Lock memory of this process, so that the GPU copies from it at full speed; False where that is refused."""
-    code = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
-    if int(code) == 0:
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+    if code == 0:
         return True
     _log.warning("Memory for pictures could not be page-locked (CUDA error %d): copies to the GPU take longer.", code)
     with suppress(RuntimeError):  # the next kernel would report this call's error as its own
