@@ -70,5 +70,6 @@ def leave(code: int) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    util._run_finalizers()  # multiprocessing's temporary folder, which else stays in /tmp
+    # As Python does at its end: multiprocessing's temporary folder would stay in /tmp.
+    util._run_finalizers()  # type: ignore[attr-defined]
     os._exit(code)
