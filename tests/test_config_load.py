@@ -189,6 +189,7 @@ def test_a_section_is_no_key() -> None:
 )
 def test_a_wrong_value_is_said_in_words(key: str, text: str, found: str, rule: str) -> None:
     message = refusal((key, text))
+    assert "\n" not in message
     assert message.startswith("command line: ")
     assert f"{key} was set to {found}, and it takes {rule}" in message
 

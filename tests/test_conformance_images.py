@@ -213,6 +213,18 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(strategy: str) -> 
         np.testing.assert_allclose(seen[1].own[name], values, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+def warned(world: World, plan: Plan) -> list[str]:
+    """What a short training warns of."""
+    with warnings.catch_warnings(record=True) as told:
+        train(world, plan)
+    return [str(warning.message) for warning in told]
+
+
+def test_training_warns_of_nothing_that_its_user_could_change() -> None:
+    model = MODEL.model_copy(update={"sync_batchnorm": True})
+    assert run(2, warned, make_plan("ddp", 2, model=model, micro_batch=SAMPLES // 2)) == [[], []]
+
+
 def test_running_statistics_move_once_a_micro_batch_also_when_blocks_are_recomputed() -> None:
     batch = window(make_plan("single", 1), 0, 0)[0].inputs
     held = []

@@ -398,3 +398,57 @@ def test_animals_from_a_package(tmp_path: Path) -> None:
     assert result.samples["val"] >= 10
     store = open_images(tmp_path / "out", "train", 1).store
     assert store.canvas == (28, 28)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no server that starts processes there")
+def test_a_rank_that_leaves_takes_the_folder_of_its_processes_along(tmp_path: Path) -> None:
+    """A rank ends without Python's clean-up, which is what removes multiprocessing's folder in /tmp."""
+    script = (
+        "from zerofit.data.images.processes import Processes\n"
+        "from zerofit.engines.world import leave\n"
+        "from pathlib import Path\n"
+        "import sys\n"
+        "processes = Processes(print, 1, 1, 4096)\n"
+        "there = len(list(Path(sys.argv[1]).iterdir()))\n"
+        "processes.close()\n"
+        "leave(0 if there else 1)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    assert subprocess.run(command, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=60).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no server that starts processes there")
+def test_processes_of_a_rank_that_died_end_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "from zerofit.data.images.work import Filled\n"
+        "def work(numbers, memory):\n"
+        "    time.sleep(0.3)\n"
+        "    return Filled([0])\n"
+    )
+    script = (
+        "import os, slow\n"
+        "from zerofit.data.images.processes import Processes\n"
+        "pieces = Processes(slow.work, 2, 2, 4096).pieces(iter([[number] for number in range(9)]))\n"
+        "next(pieces)\n"
+        "os._exit(0)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,  # until all have let go of stderr
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": path},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_pictures_that_were_prepared_anew_are_not_taken_for_those_of_the_run(tmp_path: Path) -> None:
+    """Processes open the folder again at every evaluation; a number stands for another picture then."""
+    config = ImageDataConfig(path=tmp_path / "out", prepare=(str(write_folder(tmp_path / "in")),), cache_size=16)
+    prepare_images(config)
+    work = Canvases(ImageStore(tmp_path / "out"))
+    prepare_images(config.model_copy(update={"split_seed": 7}), force=True)
+    processes = Processes(work, 1, 1, work.bytes_each)
+    with pytest.raises(DataError, match="was prepared anew while this run reads it"):
+        next(processes.pieces(iter([np.array([0])])))
+    processes.close()

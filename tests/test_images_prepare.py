@@ -6,9 +6,11 @@ import errno
 import io
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -277,13 +279,70 @@ def test_hidden_files_other_files_links_and_their_loops(tmp_path: Path) -> None:
     (root / "cat" / "more" / "up").symlink_to(root / "cat")
     draw(20, 20, 98).save(tmp_path / "elsewhere.bmp")
     (root / "dog" / "linked.bmp").symlink_to(tmp_path / "elsewhere.bmp")
-    (root / "dog" / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (root / "dog" / "dangling").symlink_to(tmp_path / "nowhere")
     found = discover([str(root)])
     assert found.classes == ("cat", "dog")
     assert [Path(p.path).name for p in found.pictures] == [
         "0.jpg", "1.jpg", "2.jpg", "deep.png", "0.jpg", "1.jpg", "2.jpg", "linked.bmp",
     ]  # fmt: skip
-    assert found.others == {".txt": 1}
+    assert found.others == {".txt": 1, "no suffix": 1}
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "in", each=3)
+    (root / "dog" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (root / "dog" / "self.jpg").symlink_to(root / "dog" / "self.jpg")
+    prepared = _prepare(root, tmp_path / "out", max_bad_fraction=0.5)
+    reasons = {Path(row["path"]).name: row["reason"] for row in prepared.skipped}
+    assert reasons.keys() == {"gone.jpg", "self.jpg"}
+    assert "No such file" in reasons["gone.jpg"]
+    assert "symbolic links" in reasons["self.jpg"]
+    check_images(ImageDataConfig(kind="images", path=tmp_path / "out"))
+    (root / "emu").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="emu is a link that leads nowhere"):
+        discover([str(root)])
+
+
+def test_pictures_beside_the_classes_are_told(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "in")
+    draw(20, 20, 99).save(root / "loose.png")
+    assert any("1 pictures in" in notice for notice in _prepare(root, tmp_path / "out").notices)
+
+
+@pytest.mark.parametrize("names", [("Train", "Val"), ("training", "VALIDATION"), ("train", "valid")])
+def test_a_split_is_found_however_it_is_written(tmp_path: Path, names: tuple[str, str]) -> None:
+    write_folder(tmp_path / "in" / names[0])
+    write_folder(tmp_path / "in" / names[1], each=2, size=(20, 20))
+    assert _prepare(tmp_path / "in", tmp_path / "out").samples == {"train": 12, "val": 4}
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    assert discover([str(write_folder(tmp_path, classes=("plane", "train")))]).classes == ("plane", "train")
+
+
+@pytest.mark.parametrize("broken", ["in", "in/cat"])
+def test_folders_that_may_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    write_folder(tmp_path / "in")
+    scandir = os.scandir
+
+    def refusing(path: Path | str) -> object:
+        if Path(path) == tmp_path / broken:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=rf"{broken} cannot be read \(Permission denied\)"):
+        discover([str(tmp_path / "in")])
+
+
+def test_a_folder_that_may_not_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(self: Path, *arguments: object, **named: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    root = write_folder(tmp_path / "in")
+    monkeypatch.setattr(Path, "mkdir", refusing)
+    with pytest.raises(DataError, match=r"out cannot be written: .*out\.partial: Permission denied.*--out"):
+        _prepare(root, tmp_path / "out")
 
 
 def test_names_of_every_kind(tmp_path: Path) -> None:
@@ -309,7 +368,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(prepare_module.shards, "check_shard", full)
-    with pytest.raises(DataError, match=r"disk of .*out\.partial is full\. 12 pictures take up to"):
+    with pytest.raises(DataError, match=r"disk of .*out is full\. 12 pictures take up to"):
         _prepare(write_folder(tmp_path / "in"), tmp_path / "out")
 
 
@@ -398,9 +457,25 @@ def _all_bad(root: Path) -> None:
     (root / "emu" / "0.jpg").write_bytes(b"x")
 
 
+def _train_and_test(root: Path) -> None:
+    write_folder(root / "train")
+    write_folder(root / "Test")
+
+
+def _val_alone(root: Path) -> None:
+    write_folder(root / "val")
+
+
+def _not_utf8(root: Path) -> None:
+    write_folder(root, classes=("cat", os.fsdecode(b"caf\xe9")))
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
+        (_train_and_test, r"holds Test, train and no val.*Rename"),
+        (_val_alone, "holds val and no train"),
+        (_not_utf8, r"not UTF-8 \(b'caf\\xe9'\)"),
         (_empty_class, "without pictures: emu"),
         (_class_of_text, "without pictures: emu"),
         (_one_class, "Only one class, 'cat'"),
@@ -475,6 +550,12 @@ def test_a_damaged_cache_is_refused(tmp_path: Path) -> None:
     pixels.unlink()
     with pytest.raises(DataError, match="is missing"):
         check_images(config)
+    (tmp_path / "out" / "index.npy").write_bytes(b"no array")
+    with pytest.raises(DataError, match=r"index\.npy cannot be read"):
+        check_images(config)
+    (tmp_path / "out" / "index.npy").unlink()
+    with pytest.raises(DataError, match=r"index\.npy cannot be read \(No such file"):
+        check_images(config)
     (tmp_path / "out" / "meta.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         check_images(config)
@@ -506,16 +587,64 @@ def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         _prepare(root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out.partial" / "pixels-00002.bin.4711").write_bytes(b"what a killed process had written")
     again: list[object] = []
     monkeypatch.setattr(prepare_module.shards, "check_shard", lambda *job: (again.append(job[1]), real(*job))[1])
     assert _prepare(root, tmp_path / "out").samples == {"train": 10, "val": 2}
     assert (done, again) == ([0, 1], [2])  # finished shards were kept
+    assert not list((tmp_path / "out").glob("*.4711"))
     store = ImageStore(tmp_path / "out")
     for number, row in enumerate(read_files(tmp_path / "out")):
         assert (
             store.pixels(number)
             == decode(Path(row["path"]).read_bytes(), 16, ANY, RESIZERS[store.meta["resize"]]).pixels
         ).all()
+
+
+KILLED = """
+import multiprocessing, os, signal, sys
+from pathlib import Path
+import zerofit.data.prepare.images as module
+from zerofit.config.images import ImageDataConfig
+from zerofit.data.images.decode import Limits
+from zerofit.data.images.discover import discover
+jobs = [([picture], number, Path(sys.argv[2]), Limits(1, 10**6), 20, "pillow", True)
+        for number, picture in enumerate(discover([sys.argv[1]]).pictures)]
+if sys.argv[3] == "fork":
+    assert module._context("pillow").get_start_method() == "fork"
+else:
+    module._context = lambda resize: multiprocessing.get_context("forkserver")
+done = module._run_in_processes(jobs, "pillow", 2)
+next(done)
+print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def _running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("how", ["fork", "forkserver"])
+def test_processes_end_when_the_command_is_killed(tmp_path: Path, how: str) -> None:
+    root, work = write_folder(tmp_path / "in", each=10), tmp_path / "work"
+    work.mkdir()
+    # Into a file: processes that stayed would hold a pipe open, and the test would wait for it.
+    with (tmp_path / "told").open("w") as told:
+        subprocess.run([sys.executable, "-c", KILLED, str(root), str(work), how], stdout=told, timeout=60)
+    children = [int(pid) for pid in (tmp_path / "told").read_text().split()]
+    assert len(children) == 2
+    until = time.monotonic() + 10
+    while any(map(_running, children)) and time.monotonic() < until:
+        time.sleep(0.05)
+    left = [pid for pid in children if _running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def test_processes_write_what_one_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

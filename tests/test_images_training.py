@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from pictures import write_folder
 from zerofit.checkpoint import pretrained
@@ -314,6 +315,21 @@ def test_classify_names_classes_with_probabilities(
     assert "zerofit classify" in capsys.readouterr().err
 
 
+def test_classify_prints_names_that_are_not_utf8(trained: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.jpg")
+    Path(odd).write_bytes(next((trained / "pictures" / "dog").iterdir()).read_bytes())
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "bomb.png")
+    command = [sys.executable, "-m", "zerofit.cli.main", "classify", str(trained / "runs" / "small"), "--json"]
+    done = subprocess.run(
+        [*command, odd, str(tmp_path / "bomb.png")],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert json.loads(done.stdout)["path"] == odd
+    assert done.stderr.splitlines() == [
+        f"{tmp_path / 'bomb.png'} cannot be read: decompression bomb: 12000 x 12000 pixels, above max_pixels 89,478,485"
+    ]
+
+
 def test_eval_repeats_the_last_evaluation(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -337,6 +353,9 @@ def test_export_loads_elsewhere(
     facts = json.loads((tmp_path / f"model.{to}.json").read_text())
     assert facts["classes"] == list(CLASSES)
     assert (facts["image_size"], facts["mean"][0]) == (32, 0.485)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert ("ResNet(ResNetConfig(layers=18, base_width=4, num_classes=3))" in printed.out) == (to != "onnx")
     if to == "pt":
         model = SPEC.build(SMALL)
         model.load_state_dict(torch.load(out))  # strict: names and buffers are all there

@@ -54,7 +54,9 @@ Write = Callable[[str], str]
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Writes a worker's source and returns its module name."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    )
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
     def write(source: str) -> str:
@@ -188,6 +190,16 @@ def test_an_error_of_rank_0_is_said_once(tmp_path: Path, module: Write, capfd: p
     err = capfd.readouterr().err
     assert err.count("ValueError: no such thing") == 1
     assert err.endswith(f"Rank 0 of 1 ended with exit code 1. See {tmp_path / 'rank-0.log'}.\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_ranks_stop_when_their_launcher_is_killed(tmp_path: Path, module: Write) -> None:
+    stops = "from zerofit.training.signals import stop_with_launcher\nstop_with_launcher()\n"
+    process = _start_stoppable(tmp_path, module(STOPPABLE.replace("Path(sys.argv", stops + "Path(sys.argv", 1)))
+    process.kill()
+    process.communicate(timeout=20)  # rank 0 holds the pipe until it ends
+    log = tmp_path / "logs" / "rank-1.log"
+    _wait_for(lambda: log.read_text() == "saved after SIGTERM\n")
 
 
 @pytest.mark.parametrize(

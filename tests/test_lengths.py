@@ -19,6 +19,7 @@ from test_training import _config
 from zerofit.config.durations import ENDLESS_STEPS, parse_duration
 from zerofit.config.load import load_config
 from zerofit.config.optimizers import OPTIMIZER_DEFAULTS, OptimizerConfig
+from zerofit.config.schema import EarlyStoppingConfig
 from zerofit.errors import ConfigError
 from zerofit.training.events import read_events
 from zerofit.training.loop import Trainer
@@ -194,12 +195,13 @@ def test_the_clock_ends_a_run_on_two_ranks(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ early stopping
 
 
-def watch(values: list[float], thaws_after: int | None = None, **settings: object) -> tuple[Progress, int]:
+def watch(
+    values: list[float], thaws_after: int | None = None, evaluated: str = "val_loss", **settings: object
+) -> tuple[Progress, int]:
     """Feed evaluations to the loop's rule; the progress afterwards, and where the run ends. With `thaws_after` the
     backbone is frozen in so many evaluations."""
-    early = {"patience": 2, **settings}
-    config = _config().model_copy(update={"early_stopping": SimpleNamespace(**{"metric": "val_loss", "min_delta": 0.0,
-                                                                             "mode": "min", **early})})  # fmt: skip
+    early = EarlyStoppingConfig(**{"patience": 2, **settings})  # type: ignore[arg-type]
+    config = _config().model_copy(update={"early_stopping": early})
     loop: Any = object.__new__(Trainer)
     loop.config, loop.progress = config, Progress()
     loop.checkpoints = SimpleNamespace(last_step=100)
@@ -209,7 +211,7 @@ def watch(values: list[float], thaws_after: int | None = None, **settings: objec
     for number, value in enumerate(values, 1):
         if thaws_after is not None:
             loop.phases.frozen = number <= thaws_after
-        loop._watch_metric(number, {"val_loss": value})
+        loop._watch_metric(number, {evaluated: value})
         if loop.last_step < 100:
             break
     return loop.progress, loop.last_step
@@ -227,6 +229,13 @@ def test_patience() -> None:
         watch([1.0], metric="val_accuracy")
 
 
+def test_more_of_an_accuracy_is_better() -> None:
+    rising, accuracy = [0.1, 0.2, 0.3, 0.4, 0.5], {"evaluated": "val_accuracy", "metric": "val_accuracy"}
+    assert watch(rising, **accuracy)[1] == 100  # type: ignore[arg-type]
+    assert watch(rising[::-1], **accuracy)[1] == 3  # type: ignore[arg-type]
+    assert watch(rising, mode="min", **accuracy)[1] == 3  # type: ignore[arg-type]
+
+
 def test_patience_begins_with_the_whole_network() -> None:
     assert watch([3, 3, 3, 3, 4, 3.5, 3, 2], thaws_after=4)[1] == 100
     assert watch([3, 3, 3, 3, 4, 5, 5], thaws_after=4)[1] == 7
@@ -238,7 +247,7 @@ def test_another_metric_is_watched_anew() -> None:
     config = _config()
     early = config.early_stopping.model_dump()
     for changed, kept in (({}, True), ({"patience": 7}, True), ({"metric": "val_accuracy"}, False),
-                          ({"mode": "max"}, False)):  # fmt: skip
+                          ({"mode": "max"}, False), ({"mode": "min"}, True)):  # fmt: skip
         progress = Progress(watched_best=2.1, evaluations_without_improvement=3)
         source: Any = SimpleNamespace(state={"config": {"early_stopping": early | changed}})
         forget_another_metric(progress, source, config)

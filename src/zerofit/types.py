@@ -92,6 +92,9 @@ class World:
         return self.rank == 0
 
 
+#: Environment variable of a rank: process id of the ``zerofit train`` that started it.
+LAUNCHER = "ZEROFIT_LAUNCHER_PID"
+
 #: Bits of ``wishes``: what a rank asks of all ranks. A wish of any rank is agreed by all, in `StepResult.wishes`.
 STOP = 1
 SAVE = 2

@@ -7,6 +7,7 @@ resized, cropped and normalised. Both get their names when the file was read bac
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.image_models import ImageModelShape, TimmConfig
+from ..config.image_models import ImageModelShape, ResNetConfig, TimmConfig
 from ..data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ..errors import CheckpointError, MissingDependency, RequestError
 from .export import Exported
@@ -27,6 +28,8 @@ from .source import Source
 
 #: Of ONNX's operators; old enough for runtimes of some years.
 OPSET = 18
+#: Channels of a ResNet's first stage as torchvision builds them.
+PUBLISHED_WIDTH = 64
 #: What ONNX Runtime's results may differ by from PyTorch's, in fp32.
 TOLERANCE = 1e-3
 
@@ -96,6 +99,13 @@ def _two_lines(out: Path, to: str, model: ImageModelShape) -> str:
         return f"In Python: onnxruntime.InferenceSession({str(out)!r}).run(None, {{'images': pictures}})."
     load = f"torch.load({str(out)!r})" if to == "pt" else f"safetensors.torch.load_file({str(out)!r})"
     made = f"torchvision.models.resnet{getattr(model, 'layers', 18)}(num_classes={model.classes})"
+    if isinstance(model, ResNetConfig) and model.base_width != PUBLISHED_WIDTH:
+        shape = f"layers={model.layers}, base_width={model.base_width}, num_classes={model.classes}"
+        return (
+            f"In PyTorch: model = ResNet(ResNetConfig({shape})); model.load_state_dict({load}). ResNet is that of "
+            f"zerofit.models.resnet and ResNetConfig of zerofit.config.image_models: torchvision's have base_width "
+            f"{PUBLISHED_WIDTH}."
+        )
     if isinstance(model, TimmConfig):
         made = f"timm.create_model({model.name!r}, num_classes={model.classes})"
     return f"In PyTorch: model = {made}; model.load_state_dict({load})."
@@ -142,6 +152,8 @@ def _write_onnx(module: nn.Module, model: ImageModelShape, facts: Any, dtype: to
     except ImportError as error:
         raise MissingDependency("--to onnx needs onnx and onnxscript: run `pip install 'zerofit[onnx]'`.") from error
     images = torch.randn((2, 3, model.pixels, model.pixels), generator=torch.Generator().manual_seed(0))
+    # It tells that torchvision's operators are not there, which no model here has.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own parts
         program = torch.onnx.export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -139,6 +140,7 @@ def main() -> None:
     """Entry point. An error that zerofit raises on purpose is one paragraph and its exit code, no traceback; so is what
     typer says about a command line."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    _print_whatever_comes()
     try:
         sys.exit(_run(arguments))
     except ZerofitError as error:
@@ -147,6 +149,13 @@ def main() -> None:
         else:
             print(error, file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _print_whatever_comes() -> None:
+    """File names that are not UTF-8, and letters that a terminal's encoding lacks, are printed as escapes. They would
+    end a verb in the middle of its work."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _run(arguments: list[str]) -> int:

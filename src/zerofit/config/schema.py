@@ -160,8 +160,13 @@ class EarlyStoppingConfig(Section):
     """What is watched: a name in the evaluation's line, ``val_loss`` or ``val_perplexity`` for text."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
     """Smallest change that counts as an improvement."""
-    mode: Literal["min", "max"] = "min"
-    """Whether smaller or larger values are better."""
+    mode: Literal["min", "max"] | None = None
+    """Whether smaller or larger values are better; unset: larger for an accuracy, smaller for anything else."""
+
+    @property
+    def better(self) -> Literal["min", "max"]:
+        """`mode`, where it is unset by the metric's name."""
+        return self.mode or ("max" if "accuracy" in self.metric else "min")
 
 
 class StageConfig(Section):

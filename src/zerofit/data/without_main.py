@@ -1,10 +1,13 @@
-"""Starting processes that do not run the caller's script again."""
+"""Starting processes that do not run the caller's script again, and that end with their caller."""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import parent_process
 from types import ModuleType
 
 
@@ -18,3 +21,16 @@ def without_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+def end_with_parent() -> None:
+    """Called in a process: it ends when the one that started it has died, killed perhaps. A pool's worker holds both
+    ends of the queue that it waits at, so that nothing there would tell it."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -7,6 +7,7 @@ rank (`flat_optimizer`). ``gradient_dtype: fp32`` accumulates and reduces in fp3
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
@@ -48,6 +49,8 @@ class DDPEngine:
         # After the optimizer: where it updates the parameters themselves, it moves them into its flat master.
         self.replica: nn.Module = self.model
         if world.world_size > 1 and self.fp32_gradients is None:
+            # It warns of 1 x 1 convolutions' weights, whose two layouts are the same bytes in the same order.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
             device_ids = [world.device.index] if world.device.type == "cuda" else None
             self.replica = DistributedDataParallel(
                 self.model,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import util
 from typing import NoReturn
 
 import torch
@@ -69,4 +70,6 @@ def leave(code: int) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    # As Python does at its end: multiprocessing's temporary folder would stay in /tmp.
+    util._run_finalizers()  # type: ignore[attr-defined]
     os._exit(code)

@@ -26,6 +26,7 @@ from types import FrameType
 from typing import BinaryIO
 
 from ..planning.hardware import cpu_cores
+from ..types import LAUNCHER
 from .diagnose import OWN_EXIT_CODES, oom_kills
 
 WINDOWS = sys.platform == "win32"
@@ -196,7 +197,7 @@ class _Ranks:
         shared = _shared_environment(processes, environment)
         try:
             for rank in range(processes):
-                own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), LAUNCHER: str(os.getpid())}
                 self._start(list(command), rank, own, log_dir / f"rank-{rank}.log", terminal and rank == 0)
         except BaseException:
             self.close()

@@ -6,6 +6,7 @@ statistics and moves the running ones once, so ``accumulation_steps`` times a st
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -13,6 +14,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# torch 2.13 warns of the all-reduce that gradients flow through, in every layer; 2.11 has no other.
+warnings.filterwarnings("ignore", r"torch\.distributed\.nn\.functional\.all_reduce is deprecated", FutureWarning)
 
 
 class _Recomputing:

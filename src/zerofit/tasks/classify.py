@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,9 @@ def classify(
 
 def _read(path: Path, size: int) -> Decoded | str:
     try:
-        return decode(path.read_bytes(), size, LIMITS)
+        with warnings.catch_warnings():  # Pillow's, of large pictures and odd metadata
+            warnings.simplefilter("ignore")
+            return decode(path.read_bytes(), size, LIMITS)
     except BadPicture as error:
         return str(error)
     except OSError as error:

@@ -291,7 +291,7 @@ class Trainer:
             )
         if self.phases is not None and self.phases.frozen:
             return  # a head that has learnt what it can says nothing of the whole network, which comes next
-        value = metrics[watch.metric] if watch.mode == "min" else -metrics[watch.metric]
+        value = metrics[watch.metric] if watch.better == "min" else -metrics[watch.metric]
         first = progress.watched_best is None and math.isfinite(value)  # nothing is better than NaN
         if first or (progress.watched_best is not None and value < progress.watched_best - watch.min_delta):
             progress.watched_best, progress.evaluations_without_improvement = value, 0

@@ -17,7 +17,7 @@ from ..checkpoint.source import Source, open_source
 from ..checkpoint.store import open_checkpoint
 from ..config.image_models import ImageModelShape
 from ..config.load import load_config
-from ..config.schema import Config
+from ..config.schema import Config, EarlyStoppingConfig
 from ..data.loader import Share
 from ..engines.base import Engine
 from ..engines.common import add_over_ranks
@@ -173,8 +173,9 @@ def progress_of(source: Source) -> Progress:
 
 def forget_another_metric(progress: Progress, source: Source, config: Config) -> None:
     """Early stopping begins anew when the run goes on with another metric, or another direction of it."""
-    before, now = (source.state.get("config") or {}).get("early_stopping") or {}, config.early_stopping
-    if before and (before.get("metric"), before.get("mode")) != (now.metric, now.mode):
+    saved, now = (source.state.get("config") or {}).get("early_stopping"), config.early_stopping
+    before = EarlyStoppingConfig(**saved) if saved else now
+    if (before.metric, before.better) != (now.metric, now.better):
         progress.watched_best, progress.evaluations_without_improvement = None, 0
 
 

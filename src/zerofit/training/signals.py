@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from ..types import STOP
+from ..types import LAUNCHER, STOP
+
+#: Linux's prctl(2): the signal that a process gets when the one that started it dies.
+PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -33,3 +39,14 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_with_launcher() -> None:
+    """Ask for a stop, as SIGTERM does, when ``zerofit train`` is killed: nobody would read, stop or start again what
+    else went on. On Linux; does nothing where something else started the ranks."""
+    launcher = os.environ.pop(LAUNCHER, None)  # not for what this rank starts
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != int(launcher):  # it died before
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -26,6 +26,7 @@ from ..engines.world import launcher_store, leave
 from ..errors import ConfigError, ZerofitError
 from ..planning.plan import Plan
 from .rank import train_rank
+from .signals import stop_with_launcher
 from .start import PreparedRun, Start, prepare_run, start_of
 
 #: The store's key, and how long rank 0 may take to tokenise before the others give up.
@@ -39,6 +40,7 @@ READ_TIMEOUT_SECONDS = 30.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as one rank; returns the process's exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    stop_with_launcher()
     rank = int(os.environ.get("RANK", "0"))
     try:
         store = launcher_store()

@@ -12,8 +12,11 @@ from pathlib import Path
 from ...config.images import PICTURE_SUFFIXES
 from ...errors import DataError
 
-#: Names of the folder of validation pictures beside ``train``.
+#: Names of the folder of training pictures, and of the one of validation pictures beside it, in lower case.
+TRAINING_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation")
+#: Names that say which pictures train, validate and test; a folder of nothing else holds no classes.
+SPLIT_NAMES = (*TRAINING_NAMES, *VALIDATION_NAMES, "test", "testing")
 #: Names of a message's list.
 NAMES_SHOWN = 10
 
@@ -70,6 +73,7 @@ def discover(sources: Sequence[str]) -> Found:
     folders: dict[str | None, set[str]] = {}
     for split, root in roots:
         classes = _class_folders(root)
+        _refuse_names(classes)
         folders[split] = set(classes)
         for name in classes:
             pictures += _pictures(root / name, name, split, others)
@@ -77,7 +81,7 @@ def discover(sources: Sequence[str]) -> Found:
     _refuse_empty(folders, pictures)
     given = len(roots) == 2
     trained = folders.get("train" if given else None, set())
-    notices = (*_check_classes(folders, given), *_beside(sources, roots))
+    notices = (*_check_classes(folders, given), *_beside(sources, roots), *_loose(roots))
     return Found(pictures, tuple(sorted(trained)), given, dict(others), notices)
 
 
@@ -94,11 +98,32 @@ def _roots(sources: Sequence[str]) -> list[tuple[str | None, Path]]:
             raise DataError(f"{path}: no such folder. Pictures lie in a folder a class, FOLDER/CLASS/*.jpg.")
     if len(paths) == 2:
         return [("train", paths[0]), ("val", paths[1])]
-    train = paths[0] / "train"
-    validation = next((paths[0] / name for name in VALIDATION_NAMES if (paths[0] / name).is_dir()), None)
-    if train.is_dir() and validation is not None:
-        return [("train", train), ("val", validation)]
-    return [(None, train if train.is_dir() and len(_class_folders(paths[0])) == 1 else paths[0])]
+    return _split_folders(paths[0])
+
+
+def _split_folders(folder: Path) -> list[tuple[str | None, Path]]:
+    """``train`` and ``val`` in a folder, ``train`` where it is alone, or the folder itself, which holds the classes.
+
+    Raises:
+        DataError: all of its folders are named as parts of a split, and one of the two is missing.
+    """
+    names = _class_folders(folder)
+    train, validation = (
+        next((name for wanted in known for name in names if name.lower() == wanted), None)
+        for known in (TRAINING_NAMES, VALIDATION_NAMES)
+    )
+    if train is not None and validation is not None:
+        return [("train", folder / train), ("val", folder / validation)]
+    if train is not None and len(names) == 1:
+        return [(None, folder / train)]
+    if names and all(name.lower() in SPLIT_NAMES for name in names):
+        missing, of = ("val", "validation") if train is not None else ("train", "training")
+        raise DataError(
+            f"{folder} holds {shown(names)} and no {missing}: a folder with train and val in it, or with the classes, "
+            f"is needed. Rename the folder of the pictures for {of} to {missing}, name two folders (for training and "
+            f"for validation), or name the one folder whose folders are classes, which zerofit then splits."
+        )
+    return [(None, folder)]
 
 
 def _beside(sources: Sequence[str], roots: Sequence[tuple[str | None, Path]]) -> Iterator[str]:
@@ -109,8 +134,42 @@ def _beside(sources: Sequence[str], roots: Sequence[tuple[str | None, Path]]) ->
             yield f"folders beside train and val are not read: {shown(more)}"
 
 
+def _loose(roots: Sequence[tuple[str | None, Path]]) -> Iterator[str]:
+    """Pictures that lie beside the classes' folders, so in no class."""
+    for _, root in roots:
+        if loose := _loose_pictures(root):
+            yield f"{loose:,} pictures in {root} lie in no class's folder and are not read"
+
+
+def _loose_pictures(root: Path) -> int:
+    return sum(Path(entry.name).suffix.lower() in PICTURE_SUFFIXES and entry.is_file() for entry in _entries(root))
+
+
 def _class_folders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _hidden(entry.name))
+    found = []
+    for entry in _entries(root):
+        if _leads_nowhere(entry) and Path(entry.name).suffix.lower() not in PICTURE_SUFFIXES:
+            raise DataError(f"{shown([entry.path])} is a link that leads nowhere. Mend or remove it.")
+        if entry.is_dir() and not _hidden(entry.name):
+            found.append(entry.name)
+    return found
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, sorted by name.
+
+    Raises:
+        DataError: it may not be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(path: str | Path, error: OSError) -> DataError:
+    return DataError(f"{shown([str(path)])} cannot be read ({error.strerror}). Mend or remove it.")
 
 
 def _hidden(name: str) -> bool:
@@ -128,29 +187,38 @@ def _pictures(folder: Path, class_name: str, split: str | None, others: Counter[
 
 
 def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, os.stat_result]]:
-    """Files below a folder, in order; `seen` holds device and inode of the folders walked, so that loops end."""
+    """Files below a folder, in order; `seen` holds device and inode of the folders walked, so that loops end. A link
+    that leads nowhere counts as a file, which is found unreadable later."""
     stat = os.stat(folder)  # noqa: PTH116
     if (stat.st_dev, stat.st_ino) in seen:
         return
     seen.add((stat.st_dev, stat.st_ino))
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    for entry in _entries(folder):
         if _hidden(entry.name):
             continue
-        try:
-            if entry.is_dir():
-                yield from _walk(entry.path, seen)
-            elif entry.is_file():
-                yield entry.path, entry.stat()
-        except OSError as error:  # a link in a circle, or a folder that may not be read
-            raise DataError(f"{entry.path} cannot be read ({error.strerror}). Mend or remove it.") from error
+        if _leads_nowhere(entry):
+            yield entry.path, entry.stat(follow_symlinks=False)
+        elif entry.is_dir():
+            yield from _walk(entry.path, seen)
+        elif entry.is_file():
+            yield entry.path, entry.stat()
+
+
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    if not entry.is_symlink():
+        return False
+    try:
+        entry.stat()
+    except OSError:
+        return True
+    return False
 
 
 def _refuse_nothing(roots: Sequence[tuple[str | None, Path]], pictures: list[Picture], others: Counter[str]) -> None:
     if pictures:
         return
     root = roots[0][1]
-    loose = sum(Path(entry.name).suffix.lower() in PICTURE_SUFFIXES for entry in os.scandir(root))
-    if loose:
+    if loose := _loose_pictures(root):
         raise DataError(
             f"{root} holds {loose} pictures and no folders of classes. A picture's class is the name of its folder: "
             f"move them into {root}/CLASS/."
@@ -160,6 +228,18 @@ def _refuse_nothing(roots: Sequence[tuple[str | None, Path]], pictures: list[Pic
         f"{' and '.join(str(path) for _, path in roots)}: no pictures in folders of classes; found {there}. Pictures "
         f"are {', '.join(sorted(PICTURE_SUFFIXES))}, in FOLDER/CLASS/ or FOLDER/train/CLASS/ and FOLDER/val/CLASS/."
     )
+
+
+def _refuse_names(classes: Sequence[str]) -> None:
+    """Names travel in JSON, so they must be text."""
+    for name in classes:
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"The class folder {shown([name])} has a name that is not UTF-8 ({os.fsencode(name)!r}). A class is "
+                f"named after its folder, in files that others read: rename it, for instance with convmv."
+            ) from error
 
 
 def _refuse_empty(folders: dict[str | None, set[str]], pictures: list[Picture]) -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,7 +30,7 @@ from ..order import Indices
 from ..without_main import without_main
 from .work import Bytes, Filled
 
-#: Seconds that a process is given to end by itself.
+#: Seconds that the processes are given to end by themselves.
 PATIENCE_SECONDS = 5.0
 
 #: Puts some pictures into memory; runs in a process, so it must be picklable.
@@ -54,11 +56,12 @@ class Processes:
         # Fresh processes: a fork would inherit this one's threads' locks and its GPU.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
+        pickled = pickle.dumps(work)
         for _ in range(workers):
             here, there = context.Pipe()
             size = self.ahead * piece_bytes
             shared = _Shared(size) if hasattr(os, "memfd_create") else context.RawArray("B", size)
-            process = context.Process(target=_serve, args=(work, there, shared, self.ahead), daemon=True)
+            process = context.Process(target=_serve, args=(pickled, there, shared, self.ahead), daemon=True)
             with without_main():
                 process.start()
             there.close()
@@ -119,8 +122,9 @@ class Processes:
         """End the processes."""
         for _, connection in self._started:
             connection.close()
+        until = time.monotonic() + PATIENCE_SECONDS
         for process, _ in self._started:
-            process.join(PATIENCE_SECONDS)
+            process.join(max(until - time.monotonic(), 0))
             if process.is_alive():
                 process.terminate()
         self._started, self.memories = [], []
@@ -155,17 +159,32 @@ def _found(filled: Filled, memory: Bytes) -> tuple[Bytes, list[int]]:
     return there, filled.lengths
 
 
-def _serve(work: Work, connection: Connection, shared: Any, slots: int) -> None:
+def _serve(pickled: bytes, connection: Connection, shared: Any, slots: int) -> None:
     """What a process does, until its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the rank decides when these end
     warnings.simplefilter("ignore")  # Pillow's, of metadata: the files were checked
     memory = _mapped(shared).reshape(slots, -1)
+    work = _loaded(pickled)
     while True:
         try:
             slot, numbers = connection.recv()
         except (EOFError, OSError):
             return
+        answer: Filled | Exception
         try:
-            connection.send(work(numbers, memory[slot]))
+            answer = work if isinstance(work, Exception) else work(numbers, memory[slot])
         except Exception as error:  # raised where the piece is taken
-            connection.send(error)
+            answer = error
+        try:
+            connection.send(answer)
+        except OSError:  # nobody wants it any more
+            return
+
+
+def _loaded(pickled: bytes) -> Work | Exception:
+    """The work, or why there is none: its files may be gone by now."""
+    try:
+        work: Work = pickle.loads(pickled)
+    except Exception as error:
+        return error
+    return work

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..without_main import end_with_parent
 from .decode import BadPicture, Limits, Resize, decode, find_resize
 from .discover import Picture
 
@@ -92,7 +94,10 @@ def read_shard(work: Path, number: int, pictures: Sequence[Picture]) -> Iterator
 
 
 def start_worker() -> None:
-    """Pillow warns of large pictures and odd metadata; what counts is said in `BadPicture`."""
+    """Pillow warns of large pictures and odd metadata; what counts is said in `BadPicture`. Ctrl-C is for the main
+    process, which ends its workers."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

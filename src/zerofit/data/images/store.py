@@ -8,6 +8,7 @@ Pictures that are higher than wide lie transposed, so that all of a batch fit on
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...config.images import ImageDataConfig
 from ...errors import DataError
@@ -76,19 +78,31 @@ def read_images_meta(folder: Path) -> dict[str, Any]:
 class ImageStore:
     """A prepared folder, opened for reading. Cheap to send to another process: it opens the files again.
 
+    Args:
+        same_as: SHA-256 of the ``meta.json`` of the store that was sent.
+
     Attributes:
         index: (files,) of `RECORD`.
+
+    Raises:
+        DataError: it is damaged, or was prepared anew after it was opened first.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, same_as: str | None = None) -> None:
         self.folder = folder
         self.meta = read_images_meta(folder)
-        self.index = np.load(folder / INDEX)
+        self._hash = hashlib.sha256((folder / META).read_bytes()).hexdigest()
+        if same_as not in (None, self._hash):
+            raise DataError(
+                f"{folder} was prepared anew while this run reads it, so that a picture's number means another picture "
+                f"now. Resume the run, which then checks the new pictures; prepare into another folder next time."
+            )
+        self.index = _read_index(folder)
         if self.index.dtype != RECORD or len(self.index) != self.meta["files"]:
             raise DataError(f"{folder / INDEX} does not belong to its {META}. Prepare the pictures again with --force.")
 
-    def __reduce__(self) -> tuple[type[ImageStore], tuple[Path]]:
-        return ImageStore, (self.folder,)
+    def __reduce__(self) -> tuple[type[ImageStore], tuple[Path, str]]:
+        return ImageStore, (self.folder, self._hash)
 
     @property
     def classes(self) -> list[str]:
@@ -156,6 +170,15 @@ class ImageStore:
     def _slice(self, shard: int, offset: int, height: int, width: int) -> Pixels:
         size = height * width * 3
         return self.shards[shard][offset : offset + size].reshape(height, width, 3)
+
+
+def _read_index(folder: Path) -> NDArray[np.void]:
+    try:
+        index: NDArray[np.void] = np.load(folder / INDEX)
+    except (OSError, ValueError, EOFError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or "it is no array"
+        raise DataError(f"{folder / INDEX} cannot be read ({why}). Prepare the pictures again with --force.") from error
+    return index
 
 
 def read_files(folder: Path) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from ...errors import TrainingFailed
 from ..metadata import dtype_for
 from ..tokenizers import Tokenizer
-from ..without_main import without_main
+from ..without_main import end_with_parent, without_main
 from .pieces import Piece
 
 #: Characters after which a chunk is full.
@@ -130,19 +129,11 @@ def _begin_worker(tokenizer: Tokenizer) -> None:
     """Ctrl-C is for the main process, which ends its workers; the library's own threads would be too many."""
     import signal
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _worker_tokenizer = tokenizer
-
-
-def _end_with_parent() -> None:
-    """A worker holds both ends of the queue that it waits at, so that nothing there tells it that its parent died."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _encode_in_worker(pieces: Sequence[Piece]) -> Encoded:

@@ -102,22 +102,29 @@ def prepare_images(
             return _already_there(config, request, found)
     cores = workers or shards.usable_cores()
     resize = _choose_resize(len(found.pictures), cores)
-    work = _work_folder(config.path, {**request, "resize": resize}, found)
     try:
+        work = _work_folder(config.path, {**request, "resize": resize}, found)
         checked = _check_all(found, config, work, resize, cores, progress or (lambda *_: None))
         _refuse_too_many(checked, config)
         prepared = _finish(found, checked, config, request, resize, work)
         _publish(work, config.path)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise DataError(
-            f"The disk of {work} is full. {len(found.pictures):,} pictures take up to "
-            f"{len(found.pictures) * 6 * config.cache_size**2 / 2**30:.1f} GiB at cache_size {config.cache_size}. Free "
+        raise _not_written(error, config, len(found.pictures)) from error
+    return prepared
+
+
+def _not_written(error: OSError, config: ImageDataConfig, pictures: int) -> DataError:
+    if error.errno == errno.ENOSPC:
+        return DataError(
+            f"The disk of {config.path} is full. {pictures:,} pictures take up to "
+            f"{pictures * 6 * config.cache_size**2 / 2**30:.1f} GiB at cache_size {config.cache_size}. Free "
             f"some and run the same command again, which goes on; or use a smaller cache_size, another --out, or "
             f"--no-cache."
-        ) from error
-    return prepared
+        )
+    return DataError(
+        f"{config.path} cannot be written: {error.filename or config.path.parent}: {error.strerror or error}. Choose "
+        f"another folder with --out (data.path)."
+    )
 
 
 def _choose_resize(pictures: int, cores: int) -> str:
@@ -375,7 +382,7 @@ def _write_files(work: Path, kept: Sequence[tuple[Checked, str | None]], classes
 
 def _publish(work: Path, folder: Path) -> None:
     """The finished folder in place of what was there."""
-    for path in (*work.glob("rows-*"), work / "request.json"):
+    for path in (*work.glob("rows-*"), *work.glob("pixels-*.bin.*"), work / "request.json"):  # a kill leaves some
         path.unlink()
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
