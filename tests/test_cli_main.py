@@ -55,6 +55,11 @@ def test_version() -> None:
     assert json.loads(zerofit("version", "--json").stdout)["torch"] == importlib.metadata.version("torch")
 
 
+def test_the_package_can_be_run_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "zerofit", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, zerofit("--version").stdout)
+
+
 def test_a_misspelt_verb_names_the_nearest_one() -> None:
     done = zerofit("trian")
     assert done.returncode == 2
