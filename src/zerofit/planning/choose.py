@@ -21,7 +21,7 @@ from .candidates import (
     checkpointing_of,
     describe,
 )
-from .dimensions import dimension_notes
+from .dimensions import dimension_notes, fallback_warnings
 from .hardware import Hardware
 from .plan import Plan
 from .remedies import remedies
@@ -407,6 +407,8 @@ def _warnings(config: Config, hardware: Hardware, chosen: Candidate) -> list[str
             f"{format_bytes(chosen.disk_bytes)} kept at once, {format_bytes(free)} free. Lower "
             f"keep_checkpoints; saving pauses while the disk is full."
         )
+    if chosen.plan.device == "cuda":
+        found += fallback_warnings(config.model, hardware.gpus[0].capability, chosen.plan.micro_batch)
     if chosen.plan.device == "cuda" and hardware.gpus[0].capability < (7, 5):
         found.append(f"{hardware.gpus[0].name} {hardware.gpus[0].software}.")
     return found
