@@ -69,7 +69,11 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
         return False
     taps, batch = weight.shape[1], x.shape[0]
     if taps > CONV_MAX_TAPS or batch > MAX_BATCH:
-        reason = f"takes up to {CONV_MAX_TAPS} taps, not {taps}" if taps > CONV_MAX_TAPS else f"takes up to {MAX_BATCH} samples"
+        reason = (
+            f"takes up to {CONV_MAX_TAPS} taps, not {taps}"
+            if taps > CONV_MAX_TAPS
+            else f"takes up to {MAX_BATCH} samples"
+        )
         falls_back("the short convolution", reason, _COST)
         return False
     return _kernels_agree(x.device, x.dtype, taps)

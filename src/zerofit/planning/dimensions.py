@@ -49,8 +49,8 @@ def fallback_warnings(model: ModelConfig, capability: tuple[int, int], micro_bat
         block_bytes = 4 * _PYTORCH_SCAN_STEPS * micro_batch * model.d_inner * model.d_state
         found.append(
             f"the selective scan runs in PyTorch, because its kernel {slow}: it takes 10 to 50 times as long and about "
-            f"{format_bytes(_PYTORCH_SCAN_TENSORS * block_bytes)} more memory while it works. The time and memory above "
-            f"are the kernel's."
+            f"{format_bytes(_PYTORCH_SCAN_TENSORS * block_bytes)} more memory while it works. The time and memory "
+            f"above are the kernel's."
         )
     if model.d_conv > CONV_MAX_TAPS:
         found.append(
