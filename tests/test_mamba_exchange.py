@@ -120,3 +120,47 @@ def test_buffers_are_those_of_the_model_that_is_there() -> None:
     assert without_buffers(gpt2) == gpt2[:-1]
     mamba = ["embedding.weight", "norm_f.weight", "layers.0.mixer.A_log", "layers.0.mixer.in_proj.weight"]
     assert without_buffers([*mamba, "h.0.attn.bias"]) == [*mamba, "h.0.attn.bias"]
+
+
+@pytest.fixture
+def verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls a verb beside the folder ``mamba`` of another program and prepared characters in ``data``."""
+    from zerofit.cli.main import load_verb
+
+    state_spaces_folder(tmp_path / "mamba", vocab_size=28, pad_vocab_size_multiple=61)
+    (tmp_path / "play.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 2000, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    def call(verb: str, *arguments: str) -> str:
+        capsys.readouterr()
+        load_verb(verb).main([*arguments], standalone_mode=False)
+        return capsys.readouterr().out
+
+    call("data", "prepare", "play.txt", "--tokenizer", "char", "--out", "data")
+    call("data", "prepare", "play.txt", "--tokenizer", "bytes", "--out", "other")
+    return call
+
+
+def test_another_programs_weights_write_and_are_evaluated_as_they_are(verbs: Any) -> None:
+    arguments = ["mamba", "--data", "data", "--prompt", "the", "--tokens", "12", "--temperature", "0"]
+    assert len(json.loads(verbs("generate", *arguments, "--json"))["texts"][0]) == 15
+    assert verbs("generate", *arguments) == verbs("generate", *arguments, "--no-cache")
+    found = json.loads(verbs("eval", "mamba", "--data", "data", "--batches", "1", "--json"))
+    assert 2.5 < found["val_loss"] < 4.5  # untrained: about log(28)
+    assert "step" not in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("generate", "mamba"), "does not tell its data.*--data"),
+        (("eval", "mamba"), "does not tell its data.*--data"),
+        (("generate", "mamba", "--data", "data", "--weights", "ema"), "only weights are read"),
+        (("generate", "mamba", "--data", "other", "--prompt", "the"), "the model has 28 tokens.*another tokenizer"),
+        (("generate", "mamba", "--data", "data", "--checkpoint", "5"), "no run with several to choose from"),
+        (("generate", "play"), "play holds no checkpoints"),
+    ],
+)
+def test_what_cannot_be_done_with_another_programs_weights(arguments: tuple[str, ...], said: str, verbs: Any) -> None:
+    with pytest.raises(RequestError, match=said):
+        verbs(*arguments)
