@@ -137,6 +137,8 @@ def test_presets_are_listed_with_their_parameters() -> None:
     # 124,439,808 parameters and 47 padding rows of 768.
     assert "  124,475,904  GPT-2 124M" in listed
     assert "801,536 + 128 a token" in listed
+    # Whole sentences, over as many lines of the file as they take.
+    assert all(line.endswith(".") for line in listed.splitlines())
 
 
 def test_a_preset_is_printed_as_yaml_and_as_json() -> None:
