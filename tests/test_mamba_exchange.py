@@ -70,6 +70,14 @@ def test_state_spaces_both_ways(tmp_path: Path) -> None:
     assert torch.equal(logits_of(open_foreign(tmp_path / "out")), expected)
 
 
+def test_the_layout_is_told_by_its_name(tmp_path: Path) -> None:
+    source = open_foreign(state_spaces_folder(tmp_path / "in"))
+    assert source.what == "state-spaces folder"
+    assert source.model is not None
+    export(source, source.model, tmp_path / "hf", to="huggingface")
+    assert open_foreign(tmp_path / "hf").what == "Hugging Face folder"
+
+
 def test_huggingface_loads_what_is_exported(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     source = open_foreign(state_spaces_folder(tmp_path / "in"))
