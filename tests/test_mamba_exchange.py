@@ -116,6 +116,17 @@ def test_other_models_under_these_names_are_refused(config: dict[str, Any], word
         open_foreign(state_spaces_folder(tmp_path / "in", **config))
 
 
+def test_another_type_with_mambas_names_and_shapes_is_refused(tmp_path: Path) -> None:
+    """FalconMamba: the same parameters, and RMSNorms without weights between them."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.FalconMambaConfig(
+        vocab_size=61, hidden_size=32, state_size=8, num_hidden_layers=1, tie_word_embeddings=True
+    )
+    transformers.FalconMambaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="model_type 'falcon_mamba'"):
+        open_foreign(tmp_path / "hf")
+
+
 def test_only_mamba_has_state_spaces_layout(tmp_path: Path) -> None:
     from test_export import MODEL, save_run
 
