@@ -12,6 +12,8 @@ the first `--warmup`. Files and cache are in the page cache (they were just writ
     files_pillow      the same with Pillow in processes
     torchvision       ImageFolder, RandomResizedCrop, flip, ToTensor, Normalize, DataLoader, to the device
     augment           milliseconds of the augmentation alone for a batch that is on the device
+    launches          what the loader costs a thread that starts small operations: milliseconds it loses a batch, at
+                      `--batches-a-second` from the cache (the interpreter's lock, cores, memory bandwidth)
     train_random      torchvision's ResNet-18 on a batch that stays on the device: AMP, channels-last, compiled
     train_cached, train_files, train_torchvision    the same step fed by each pipeline
 
@@ -36,7 +38,7 @@ from typing import Any
 
 CASES = (
     "build", "cached", "files", "files_pillow", "torchvision", "augment",
-    "train_random", "train_cached", "train_files", "train_torchvision",
+    "train_random", "train_cached", "train_files", "train_torchvision", "launches",
 )  # fmt: skip
 
 
@@ -51,6 +53,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--warmup", type=float, default=5)
     parser.add_argument("--limit-seconds", type=float, default=150)
+    parser.add_argument("--workers", type=int, help="data.num_workers; chosen by default")
+    parser.add_argument("--batches-a-second", type=float, default=60)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--case", default="")
     args = parser.parse_args()
@@ -68,8 +72,9 @@ def run_all(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {"date": date.today().isoformat(), "cores": args.cores, "batch": args.batch, "cases": {}}
     for name in args.cases.split(","):
         arguments = ["--case", name, *(["--small"] if args.small else [])]
-        for option in ("data", "scratch", "batch", "cores", "seconds", "warmup"):
-            arguments += [f"--{option}", str(getattr(args, option))]
+        arguments += [] if args.workers is None else ["--workers", str(args.workers)]
+        for option in ("data", "scratch", "batch", "cores", "seconds", "warmup", "batches_a_second"):
+            arguments += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
         outcome = run_trial(Trial(Path(__file__), arguments, 1, args.limit_seconds))
         results["cases"][name] = {"status": outcome.status, **(outcome.result or {"log": outcome.log_tail[-3000:]})}
         print(name, json.dumps(results["cases"][name]), flush=True)
@@ -82,7 +87,7 @@ def run_case(args: argparse.Namespace) -> None:
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     cases: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-        "build": build, "augment": augment_alone, "train_random": train_random,
+        "build": build, "augment": augment_alone, "train_random": train_random, "launches": launches,
         **dict.fromkeys(("cached", "files", "files_pillow", "torchvision"), pipeline_alone),
         **dict.fromkeys(("train_cached", "train_files", "train_torchvision"), train_fed),
     }  # fmt: skip
@@ -152,7 +157,9 @@ def open_loader(args: argparse.Namespace, read: str) -> tuple[Any, str]:
     if read == "files_pillow":
         module.nvjpeg = lambda _: None  # type: ignore[assignment]
     gpu = device().type == "cuda"
-    plan = module.ReadPlan("cache" if read == "cached" else "files", device() if gpu else None, pin_memory=gpu)
+    plan = module.ReadPlan(
+        "cache" if read == "cached" else "files", device() if gpu else None, args.workers, pin_memory=gpu
+    )
     loader = module.ImageLoader(open_images(args.scratch / "cache", "train", 1), Share(args.batch, 1, 0, 1), plan)
     return loader, type(loader._reader).__name__
 
@@ -293,6 +300,38 @@ def milliseconds(transform: Callable[[Any], object], inputs: Any) -> float:
     return statistics.median(times[5:])
 
 
+def launches(args: argparse.Namespace) -> dict[str, Any]:
+    """Small operations started in this thread, alone and beside the loader; one batch is taken every so often."""
+    import torch
+
+    small = torch.zeros(8, device=device())
+
+    def seconds_of(operations: int) -> float:
+        started = time.perf_counter()
+        for _ in range(operations):
+            torch.add(small, small)
+        return time.perf_counter() - started
+
+    for _ in range(20):
+        seconds_of(1000)
+    alone = statistics.median(seconds_of(1000) for _ in range(100)) / 1000
+    loader, reader = open_loader(args, "cached")
+    for step in range(5):
+        loader.window(step)
+    slices, batches, begun = [], 0, time.perf_counter()
+    while (now := time.perf_counter() - begun) < args.seconds:
+        slices.append(seconds_of(100))
+        if now * args.batches_a_second > batches:
+            loader.window(5 + batches)
+            batches += 1
+    loader.close()
+    lost = sum(slices) - 100 * len(slices) * alone
+    return {
+        "reader": reader, "batches_a_second": batches / args.seconds, "microseconds_alone": 1e6 * alone,
+        "microseconds_beside": 1e4 * statistics.mean(slices), "lost_milliseconds_a_batch": 1e3 * lost / max(batches, 1),
+    }  # fmt: skip
+
+
 def train_step(args: argparse.Namespace) -> Callable[[Any, Any], object]:
     """A step of torchvision's ResNet-18 (a small convolution with ``--small``): AMP, channels-last, compiled."""
     import torch
@@ -331,7 +370,16 @@ def train_random(args: argparse.Namespace) -> dict[str, Any]:
     images = torch.randn(args.batch, 3, size, size, device=device()).to(memory_format=torch.channels_last)
     targets = torch.randint(0, 1000, (args.batch,), device=device())
     step = train_step(args)
-    return measure(args, lambda: step(images, targets))
+    return measure(args, lambda: step(images, targets)) | gpu_timeline(lambda: step(images, targets))
+
+
+def gpu_timeline(step: Callable[[], object]) -> dict[str, Any]:
+    """What the GPU does during 10 more steps, each under the profiler's own cost on the host."""
+    if device().type != "cuda":
+        return {}
+    from timeline import profiled
+
+    return profiled(step, 10)
 
 
 def train_fed(args: argparse.Namespace) -> dict[str, Any]:
@@ -339,10 +387,38 @@ def train_fed(args: argparse.Namespace) -> dict[str, Any]:
     if args.case == "train_torchvision":
         usual = torchvision_batches(args)
         return {"reader": "torchvision", **measure(args, lambda: step(*next(usual)))}
+    stages = timed_stages()
     source, decoder, times = zerofit_batches(args, args.case.removeprefix("train_"), augment=True)
     found = measure(args, lambda: step(*next(source)))
+    found |= gpu_timeline(lambda: step(*next(source)))
     source.close()
-    return {"reader": decoder, **found, **median_milliseconds(times)}
+    medians = {name: 1e3 * statistics.median(taken[len(taken) // 2 :]) for name, taken in stages.items() if taken}
+    return {"reader": decoder, **found, **median_milliseconds(times), "stage_milliseconds": medians}
+
+
+def timed_stages() -> dict[str, list[float]]:
+    """Seconds of each call of what the loader's thread does, as they come; by name."""
+    from zerofit.data.images.gpu_files import GpuFilesReader
+    from zerofit.data.images.processes import Processes
+
+    def timed(call: Callable[..., Any], taken: list[float]) -> Callable[..., Any]:
+        def measured(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*arguments)
+            finally:
+                taken.append(time.perf_counter() - started)
+
+        return measured
+
+    found: dict[str, list[float]] = {}
+    for owner, name in (
+        (Processes, "_take"), (Processes, "_ask"), (GpuFilesReader, "_copied"), (GpuFilesReader, "_decode_jpegs"),
+        (GpuFilesReader, "_decode"), (GpuFilesReader, "_keep"),
+    ):  # fmt: skip
+        taken = found.setdefault(f"{owner.__name__}.{name}", [])
+        setattr(owner, name, timed(getattr(owner, name), taken))
+    return found
 
 
 if __name__ == "__main__":

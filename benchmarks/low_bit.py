@@ -3,6 +3,7 @@
     python benchmarks/low_bit.py --out low_bit.json            # a small GPT-2 on Shakespeare's plays, on this machine
     python benchmarks/low_bit.py --preset gpt2 --steps 1000 --micro-batch 8   # on a GPU
     python benchmarks/low_bit.py --kernel                      # on a GPU: the fused step alone, GB/s
+    python benchmarks/low_bit.py --step --out step.json        # on a GPU: the flat optimizer's, in one pass or not
 
 Every run starts from the same weights and sees the same samples; the learning rate is the preset's in each. Also
 other optimizers (``--cases lion,muon``) with the learning rates below.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ import torch
 
 from zerofit.checkpoint.model import initial_reader
 from zerofit.config.load import load_config
+from zerofit.config.models import GPT2Config
 from zerofit.data.loader import Share
 from zerofit.engines.build import build
+from zerofit.engines.flat_optimizer import FlatOptimizer
 from zerofit.kernels.optimizer_step import Figures, Moment, Rule, step
 from zerofit.models import model_spec
 from zerofit.planning.choose import choose
 from zerofit.planning.hardware import probe
+from zerofit.planning.plan import OptimizerPlan
 from zerofit.tasks import task_of
 from zerofit.training.schedule import learning_rate
 from zerofit.training.start import with_data
@@ -47,6 +52,15 @@ CASES: dict[str, list[tuple[str, str]]] = {
     "sgd": [("optimizer.kind", "sgd"), ("learning_rate", "1.0"), ("schedule.min_learning_rate", "0.1")],
 }  # fmt: skip
 LOW_BIT = tuple(CASES)[:6]
+#: With --step. Name -> optimizer, and the compute type.
+STEPS: dict[str, tuple[dict[str, Any], str]] = {
+    "adamw, bf16 copy": ({}, "bf16"),
+    "adamw, fp32": ({}, "fp32"),
+    "adamw, bf16 copy, average": ({"ema_decay": 0.999}, "bf16"),
+    "adamw, bf16 moments and master": ({"state": "bf16", "master": "bf16"}, "bf16"),
+    "adamw, 8-bit moments, bf16 master": ({"state": "8bit", "master": "bf16"}, "bf16"),
+    "lion, bf16 copy": ({"kind": "lion"}, "bf16"),
+}
 
 
 def main() -> None:
@@ -59,10 +73,14 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings over the preset")
     parser.add_argument("--cases", default=",".join(LOW_BIT), help="comma and names; a comma inside a name as +")
     parser.add_argument("--kernel", action="store_true")
+    parser.add_argument("--step", action="store_true")
+    parser.add_argument("--layers", type=int, default=53, help="with --step: 53 make 1.71e9 parameters")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.kernel:
         rows = [time_kernel(state, master) for state in ("fp32", "bf16", "8bit") for master in ("fp32", "bf16")]
+    elif args.step:
+        rows = [row for name in STEPS for row in time_step(name, args.layers)]
     else:
         names = LOW_BIT if args.cases == ",".join(LOW_BIT) else [n.replace("+", ", ") for n in args.cases.split(",")]
         rows = [train(args, name, int(seed)) for seed in args.seeds.split(",") for name in names]
@@ -133,6 +151,56 @@ def time_kernel(state: Any, master: str) -> dict[str, Any]:
     row = {"state": state, "master": master, "milliseconds": milliseconds, "gb_per_second": moved / milliseconds / 1e6}
     print(json.dumps(row), flush=True)
     return row
+
+
+def time_step(name: str, layers: int) -> Iterator[dict[str, Any]]:
+    """`FlatOptimizer.step` over the shapes of a deeper GPT-2 XL: in one pass, and with gathered gradients. Milliseconds
+    of the GPU and of the host, GB/s of what must be read and written, memory that the step takes for itself."""
+    optimizer, compute = STEPS[name]
+    dtype, device = {"fp32": torch.float32, "bf16": torch.bfloat16}[compute], torch.device("cuda")
+    model = GPT2Config(n_layer=layers, n_head=25, n_embd=1600, block_size=1024, vocab_size=50257, pad_vocab_to=64)
+    weights = {
+        key: torch.nn.Parameter(torch.randn(shape, dtype=dtype, device=device))
+        for key, shape in model.parameter_shapes().items()
+    }
+    gradients = {parameter: torch.randn_like(parameter) for parameter in weights.values()}
+    decaying = model.decaying()
+    own = FlatOptimizer(weights, decaying.__contains__, OptimizerPlan(**optimizer), gradients.__getitem__)
+    moved = sum(gradient.nbytes for gradient in gradients.values())
+    moved += sum(2 * state.nbytes for group in own.groups for state in group.states.values())
+    moved += sum(parameter.nbytes for parameter in weights.values()) if own.copies else 0
+    one = torch.ones((), device=device)
+    for in_one_pass in (True, False, True, False):  # twice: the machine's clock may move
+        own.in_one_pass, gpu, host = in_one_pass, [], []
+        for _ in range(3):
+            own.step(1e-4, one, 0 * one)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(12):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            began = time.perf_counter()
+            own.step(1e-4, one, 0 * one)
+            host.append(1000 * (time.perf_counter() - began))
+            end.record()
+            end.synchronize()
+            gpu.append(begin.elapsed_time(end))
+        milliseconds = sorted(gpu)[len(gpu) // 2]
+        row = {
+            "case": name,
+            "way": "one pass" if in_one_pass else "gathering",
+            "parameters": model.parameter_count(),
+            "milliseconds": milliseconds,
+            "host_milliseconds": sorted(host)[len(host) // 2],
+            "gb_per_second": moved / milliseconds / 1e6,
+            "step_mib": (torch.cuda.max_memory_allocated() - before) / 2**20,
+        }
+        print(json.dumps(row), flush=True)
+        yield row
+    for group in own.groups:
+        if group.one_pass is None or not group.one_pass.runs(group.flat, own.places(group)):
+            raise SystemExit("the kernel of the one pass did not run: see the warning above; both ways are the same")
 
 
 if __name__ == "__main__":

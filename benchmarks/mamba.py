@@ -43,6 +43,13 @@ LOW_BIT = {"optimizer": {"state": "8bit", "master": "bf16"}}
 BF16_STATES = {"optimizer": {"state": "bf16", "master": "bf16"}}
 CARD = {"card": True, "residual_in_fp32": False}
 
+
+def _scaled(gpus: int, **more: Any) -> dict[str, Any]:
+    strategy = "ddp" if gpus > 1 else "single"
+    return {"size": "1_4b", "gpus": gpus, "strategy": strategy, "micro_batch": 4, "length": 2048,
+            "recompute": "light", **more}  # fmt: skip
+
+
 CASES: dict[str, dict[str, Any]] = {
     # 7B, micro-batch 1, T = 4096; the peer in the same run.
     "peer-zero2": {"peer": True, "stage": 2},
@@ -56,6 +63,11 @@ CASES: dict[str, dict[str, Any]] = {
     "7b-fsdp2": {"strategy": "fsdp2"},
     "7b-fsdp2-8-ctas": {"strategy": "fsdp2", "ctas": 8},
     "7b-fsdp2-gathered-8-ctas": {"strategy": "fsdp2", "fsdp": {"reshard_after_forward": False}, "ctas": 8},
+    "7b-fsdp2-compiled-8-ctas": {"strategy": "fsdp2", "compile": True, "ctas": 8},
+    "7b-fsdp2-gathered-compiled-8-ctas": {
+        "strategy": "fsdp2", "fsdp": {"reshard_after_forward": False}, "compile": True, "ctas": 8,
+    },
+    "7b-zero2-compiled": {**ZERO2, "compile": True},
     "7b-fsdp2-light": {"strategy": "fsdp2", "recompute": "light"},
     "7b-fsdp2-selective": {"strategy": "fsdp2", "recompute": "selective"},
     "7b-fsdp2-full": {"strategy": "fsdp2", "recompute": "full"},
@@ -69,12 +81,11 @@ CASES: dict[str, dict[str, Any]] = {
     "24gb-zero3-low-bit-full": {**ZERO3, "recompute": "full", "tight": True, **CARD, **LOW_BIT},
     "24gb-zero2-cpu": {**ZERO2, "recompute": "full", "offload": "cpu", "tight": True, "steps": 4, **CARD},
     "24gb-zero3-cpu": {**ZERO3, "recompute": "selective", "offload": "cpu", "tight": True, "steps": 4, **CARD},
-    # Scale at 1.4B, 4 samples of 2048 tokens a GPU.
-    **{
-        f"scale-{n}": {"size": "1_4b", "gpus": n, "strategy": "ddp" if n > 1 else "single", "micro_batch": 4,
-                       "length": 2048, "recompute": "light"}
-        for n in (1, 2, 4)
-    },
+    # Scale at 1.4B, 4 samples of 2048 tokens a GPU and step; four times as many; and other buckets.
+    **{f"scale-{n}": _scaled(n) for n in (1, 2, 4)},
+    **{f"scale-accumulated-{n}": _scaled(n, accumulation=4) for n in (1, 2, 4)},
+    **{f"scale-compiled-{n}": {**_scaled(n), "compile": True, "recompute": "none"} for n in (1, 2, 4)},
+    **{f"scale-4-buckets-{mb}": _scaled(4, bucket_mb=mb) for mb in (100, 400)},
     # The table.
     **{
         f"{size}-table-{name}": {"size": size, "recompute": "light", **strategy}
@@ -223,8 +234,9 @@ def plan_of(case: dict[str, Any], args: argparse.Namespace) -> Any:
             "device": "cuda" if cuda or not args.small else "cpu",
             "world_size": world,
             "micro_batch": case.get("micro_batch", 1),
-            "accumulation_steps": 1,
+            "accumulation_steps": case.get("accumulation", 1),
             "precision": case.get("precision", "bf16"),
+            "compile": case.get("compile", False),
             "activation_checkpointing_every": int(recompute != "none"),
             "recomputation": "full" if recompute == "none" else recompute,
             "optimizer": case.get("optimizer", {}),
@@ -272,7 +284,11 @@ def run_case(args: argparse.Namespace) -> None:
         synchronize()
         times.append(time.perf_counter() - started)
     seconds = statistics.median(times[WARM_UP:])
-    timeline = profiled(lambda: step(0)) if args.profile and cuda else {}
+    timeline = {}
+    if args.profile and cuda:
+        from timeline import profiled
+
+        timeline = profiled(lambda: step(0))
     free, total = torch.cuda.mem_get_info() if cuda else (0, 0)
     allocated, reserved = busiest(
         max(started_bytes, torch.cuda.max_memory_allocated()), torch.cuda.max_memory_reserved()
@@ -300,49 +316,6 @@ def run_case(args: argparse.Namespace) -> None:
     os._exit(0)  # what libraries leave behind need not be waited for
 
 
-def profiled(step: Callable[[], object]) -> dict[str, Any]:
-    """Milliseconds of a step in which this rank's GPU computes, communicates, does both, or nothing; its kernels that
-    take longest."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        for _ in range(2):
-            step()
-        torch.cuda.synchronize()
-    spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    totals: dict[str, float] = {}
-    for event in found.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.device_type() != torch.autograd.DeviceType.CUDA or event.duration_ns() <= 0:
-            continue
-        if getattr(event, "is_user_annotation", lambda: False)():
-            continue  # a range that a library marked, not a kernel
-        name, start = event.name(), event.start_ns() / 1e6
-        spans["nccl" in name.lower()].append((start, start + event.duration_ns() / 1e6))
-        totals[name[:60]] = totals.get(name[:60], 0.0) + event.duration_ns() / 2e6
-    begin = min(start for some in spans.values() for start, _ in some)
-    end = max(stop for some in spans.values() for _, stop in some)
-    computing, communicating, either = (
-        _covered(some) / 2 for some in (spans[False], spans[True], spans[False] + spans[True])
-    )
-    return {
-        "profile_ms": {
-            "step": (end - begin) / 2, "computing": computing, "communicating": communicating,
-            "both": computing + communicating - either, "idle": (end - begin) / 2 - either,
-        },
-        "kernels_ms": dict(sorted(totals.items(), key=lambda item: -item[1])[:25]),
-    }  # fmt: skip
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union."""
-    total, until = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, until))
-        until = max(until, stop)
-    return total
-
-
 def busiest(*figures: int) -> list[int]:
     """The largest of the ranks' figures, each. Under ZeRO-2 the rank that owns the last layers holds most."""
     import torch
@@ -364,6 +337,8 @@ def run_ours(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
 
     if "ctas" in case:
         os.environ["NCCL_MAX_CTAS"] = str(case["ctas"])  # multiprocessors that a collective may take
+    if "bucket_mb" in case:
+        set_bucket(case["bucket_mb"])
     plan = plan_of(case, args)
     opened = open_world(plan, launcher_store())
     world = opened.__enter__()
@@ -376,6 +351,17 @@ def run_ours(case: dict[str, Any], args: argparse.Namespace) -> tuple[Callable[[
         return engine.train_step(window, 1e-4, index).read().loss
 
     return step, plan.global_batch * plan.model.sequence_length, plan.parameters
+
+
+def set_bucket(megabytes: int) -> None:
+    """Let DDP reduce gradients in pieces of another size than its 25 MB."""
+    from zerofit.engines import ddp
+
+    class Bucketed(ddp.DistributedDataParallel):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options, bucket_cap_mb=megabytes)
+
+    ddp.DistributedDataParallel = Bucketed  # type: ignore[misc]
 
 
 def quick_reader(spec: Any, model: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,12 @@ from zerofit.data.images import loader as loader_module
 from zerofit.data.images import readers
 from zerofit.data.images.ahead import Ahead
 from zerofit.data.images.dataset import ImageDataset, open_images
-from zerofit.data.images.file_bytes import FileBytes
 from zerofit.data.images.gpu_files import GpuFilesReader, nvjpeg
 from zerofit.data.images.loader import ImageEvaluation, ImageLoader, ReadPlan
-from zerofit.data.images.readers import CacheReader
+from zerofit.data.images.processes import Processes
+from zerofit.data.images.readers import CanvasReader
+from zerofit.data.images.store import ImageStore
+from zerofit.data.images.work import Canvases, WholeFiles
 from zerofit.data.loader import IGNORE, Share
 from zerofit.data.prepare.images import prepare_images
 from zerofit.errors import DataError, ZerofitError
@@ -169,7 +173,31 @@ def test_large_files_are_shrunk_and_bad_ones_go_to_pillow(prepared: Path) -> Non
         assert (pixels[:height, :width].numpy() == dataset.store.pixels(int(number))).all()
 
 
-def _read(files: FileBytes, parts: list[np.ndarray]) -> list[bytes]:  # type: ignore[type-arg]
+def test_bytes_stay_while_they_are_decoded(prepared: Path) -> None:
+    """Whoever takes files from the processes works ahead, and must not write over what is being decoded."""
+    dataset = _dataset(prepared)
+
+    def slow(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        time.sleep(0.05)
+        return _with_pillow(encoded)
+
+    alone = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=0)
+    reader = GpuFilesReader(dataset.store, CPU, slow, workers=2)
+    batches = [np.roll(dataset.numbers, -3 * turn)[:3] for turn in range(8)]
+    for numbers, (canvas, sizes) in zip(batches, reader.batches(batches), strict=True):
+        ((true, true_sizes),) = alone.batches([numbers])
+        assert sizes.tolist() == true_sizes.tolist()
+        for found, wanted, (height, width, _) in zip(canvas, true, sizes.tolist(), strict=True):
+            assert torch.equal(found[:height, :width], wanted[:height, :width])
+    reader.close()
+    alone.close()
+
+
+def _files(store: ImageStore, workers: int, piece_bytes: int) -> Processes:
+    return Processes(WholeFiles(store), workers, 2, piece_bytes)
+
+
+def _read(files: Processes, parts: list[np.ndarray]) -> list[bytes]:  # type: ignore[type-arg]
     """Every file's bytes, in order."""
     found = []
     for data, lengths in files.pieces(iter(parts)):
@@ -187,14 +215,14 @@ def test_processes_read_files_in_order_again_and_after_a_break(prepared: Path, p
         Path(path).read_bytes() if record["plain_jpeg"] else store.pixels(number).tobytes()
         for number, (path, record) in enumerate(zip(store.paths, store.index, strict=True))
     ]
-    assert _read(FileBytes(store, 0, 2, piece_bytes), parts) == true
-    files = FileBytes(store, 2, 2, piece_bytes)
+    assert _read(_files(store, 0, piece_bytes), parts) == true
+    files = _files(store, 2, piece_bytes)
     assert _read(files, parts) == true
     broken_off = files.pieces(iter(parts))
     next(broken_off)
     broken_off.close()
     assert _read(files, parts[::-1]) == [data for part in parts[::-1] for data in (true[n] for n in part)]
-    processes = [process for process, _, _ in files._started]
+    processes = [process for process, _ in files._started]
     files.close()
     assert [process.exitcode for process in processes] == [0, 0]
 
@@ -206,7 +234,7 @@ def test_a_process_that_cannot_read_or_dies_is_told(prepared: Path, tmp_path: Pa
     store = _dataset(tmp_path / "out").store
     gone = Path(store.paths[1])
     gone.unlink()
-    files = FileBytes(store, 1, 2, 1 << 20)
+    files = _files(store, 1, 1 << 20)
     with pytest.raises(DataError, match=r"jpg cannot be read any more \(No such file"):
         _read(files, [np.array([0]), np.array([1]), np.array([2])])
     assert len(_read(files, [np.array([0]), np.array([2])])) == 2
@@ -216,6 +244,56 @@ def test_a_process_that_cannot_read_or_dies_is_told(prepared: Path, tmp_path: Pa
     with pytest.raises(ZerofitError, match=r"A process that reads pictures died .*Lower data\.num_workers"):
         list(pieces)
     files.close()
+
+
+SPY = """
+import sys
+from zerofit.data.images.work import Filled
+
+def spy(numbers, memory):
+    return Filled([int("torch" in sys.modules)])
+"""
+SCRIPT = """
+import numpy as np
+import torch
+from spy import spy
+from zerofit.data.images.processes import Processes
+
+print("script")
+processes = Processes(spy, 2, 1, 8)
+print([lengths for _, lengths in processes.pieces(iter([np.arange(1)] * 4))])
+processes.close()
+"""
+
+
+def test_processes_neither_run_the_script_again_nor_import_torch(tmp_path: Path) -> None:
+    (tmp_path / "spy.py").write_text(SPY)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "script\n[[0], [0], [0], [0]]\n", done.stderr
+
+
+@pytest.mark.parametrize("code", [0, 801])
+def test_memory_that_cannot_be_page_locked_is_used_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    asked = []
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(address: int, size: int, flags: int) -> int:  # noqa: N802
+            asked.append((address, size, flags))
+            return code
+
+    def reports_the_failed_call(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: operation not supported")
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch, "zeros", reports_the_failed_call)
+    memory = np.zeros(4096, np.uint8)
+    assert readers.page_lock(memory) is (code == 0)
+    assert asked == [(memory.ctypes.data, 4096, 0)]
+    assert ("could not be page-locked (CUDA error 801)" in caplog.text) is (code != 0)
 
 
 def test_nvjpeg_is_none_where_there_is_none() -> None:
@@ -259,36 +337,37 @@ def test_a_changed_file_stops_the_loader(tmp_path: Path, workers: int) -> None:
     loader.close()
 
 
-def test_copying_threads_are_single_and_others_stay_as_they_are(prepared: Path) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        reader = CacheReader(_dataset(prepared).store, 4, pin=False)
-        assert [reader._pool.submit(torch.get_num_threads).result() for _ in range(8)] == [1] * 8
-        assert torch.get_num_threads() == 3
-        with ThreadPoolExecutor(1) as another:
-            assert another.submit(torch.get_num_threads).result() == 3
-        reader.close()
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_pictures_narrower_than_the_canvas_and_many_threads(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "COPIED_TOGETHER", 1)
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("decoded", [False, True])
+def test_canvases_of_every_shape_in_pieces(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, workers: int, decoded: bool
+) -> None:
+    """Batches that pieces do not divide, kept by whoever reads them while the next ones are made."""
+    monkeypatch.setattr(readers, "COPIED_TOGETHER", 4)
+    monkeypatch.setattr(readers, "DECODED_TOGETHER", 5)
     dataset = _dataset(prepared)
-    reader = CacheReader(dataset.store, 3, pin=False)
-    canvas = reader.read(dataset.numbers)
+    work = Canvases(dataset.store, decoded=decoded)
+    reader = CanvasReader(work, workers, 14, prefetch_factor=2, device=None, pin=False)
+    batches = [dataset.numbers[:14], dataset.numbers[14:15], dataset.numbers[::-1][:14]]
+    for _ in range(2):  # the second time after a break
+        read = reader.batches(batches * 2)
+        found = [next(read) for _ in range(4)]
+        read.close()  # type: ignore[attr-defined]
+        for numbers, (canvas, sizes) in zip(batches * 2, found, strict=False):
+            assert canvas.shape == (len(numbers), *dataset.store.canvas, 3)
+            for number, pixels, size in zip(numbers.tolist(), canvas.numpy(), sizes.tolist(), strict=True):
+                kept = dataset.store.pixels(number)
+                assert size == [*kept.shape[:2], dataset.store.index[number]["transposed"]]
+                assert (pixels[: kept.shape[0], : kept.shape[1]] == kept).all()
     reader.close()
-    for number, pixels in zip(dataset.numbers.tolist(), canvas.numpy(), strict=True):
-        kept = dataset.store.pixels(number)
-        assert (pixels[: kept.shape[0], : kept.shape[1]] == kept).all()
     assert len({dataset.store.pixels(number).shape for number in dataset.numbers.tolist()}) > 2
 
 
 def test_default_workers_are_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert ReadPlan("cache").workers(Share(1, 1, 0, 2)) == loader_module.MAX_CACHE_THREADS
+    assert ReadPlan("cache", device=CPU).workers(Share(1, 1, 0, 2)) == loader_module.MAX_CACHE_PROCESSES
+    assert ReadPlan("cache").workers(Share(1, 1, 0, 2)) == 0
     assert ReadPlan("files").workers(Share(1, 1, 0, 2)) == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert ReadPlan("files").workers(Share(1, 1, 0, 2)) == 32

@@ -21,8 +21,8 @@ from zerofit.config.images import ImageDataConfig
 from zerofit.data.images import decode as decode_module
 from zerofit.data.images.decode import RESIZERS, BadPicture, Limits, decode, resized
 from zerofit.data.images.discover import discover
-from zerofit.data.images.readers import decode_file
 from zerofit.data.images.store import ImageStore, check_images, images_fingerprint, read_files
+from zerofit.data.images.work import decode_file
 from zerofit.data.prepare import images as prepare_module
 from zerofit.data.prepare.images import PreparedImages, prepare_images
 from zerofit.errors import DataError, MissingDependency

@@ -7,6 +7,7 @@ the agreed vector, the loss, norms. The window's batches lie in the same memory 
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from typing import Any
 
@@ -21,9 +22,11 @@ from torch.utils._pytree import tree_leaves
 from processes import run
 from zerofit.config.models import GPT2Config
 from zerofit.engines.build import build
+from zerofit.kernels.optimizer_group import Places
 from zerofit.models import model_spec
 from zerofit.planning.memory import NO_GPU, _micro_step, _play
-from zerofit.planning.memory_fsdp import busiest_rank
+from zerofit.planning.memory_fsdp import busiest_rank, shard_groups
+from zerofit.planning.optimizer_states import flat_elements
 from zerofit.planning.plan import Plan
 from zerofit.types import Batch, World
 
@@ -90,8 +93,12 @@ class Storages(TorchDispatchMode):
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.live_bytes)
 
 
-def measured(world: World, plan: Plan) -> dict[str, int]:
-    """One rank's peaks by phase over a few steps."""
+def measured(world: World, plan: Plan, in_one_pass: bool = False) -> dict[str, int]:
+    """One rank's peaks by phase over a few steps.
+
+    Args:
+        in_one_pass: the optimizer steps as on a GPU, its kernel interpreted; it is compared with its reference before.
+    """
     # What only a reference cycle still holds goes at the next phase: when the collector runs else depends on what was
     # imported. Frozen first, so that it looks at little.
     gc.freeze()
@@ -105,6 +112,11 @@ def measured(world: World, plan: Plan) -> dict[str, int]:
     with storages:
         engine: Any = build(plan, model_spec(plan.model.kind), world)
         engine.load(read)
+        if in_one_pass:
+            engine.optimizer.in_one_pass = True
+            for group in engine.optimizer.groups:
+                nothing: list[Tensor | None] = [torch.zeros_like(slot.parameter) for slot in group.slots]
+                assert group.one_pass.runs(group.flat, Places(nothing, engine.optimizer.places(group).copies))
         engine.model.register_forward_pre_hook(lambda *_: storages.enter("forward"), prepend=True)
         owner, attribute = (engine.zero, "step") if hasattr(engine, "zero") else (engine, "_apply")
         step = getattr(owner, attribute)
@@ -220,3 +232,30 @@ def check(plan: Plan, share: float) -> None:
         if all(abs(difference) <= allowed for difference in off.values()):
             return
     raise AssertionError((off, predicted, lowest))
+
+
+@pytest.mark.parametrize("settings", [{"strategy": "single"}, {"strategy": "fsdp2", "world_size": 2}], ids=str)
+def test_a_step_in_one_pass_has_no_scratch(settings: dict[str, Any]) -> None:
+    """As on a GPU: the planner's model of one against the engine with its kernel interpreted."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton compiles for the GPU here")
+    plan = plan_of(**settings)
+    by_device = {}
+    for device in ("cpu", "cuda"):
+        ledger, _ = _play(plan.model_copy(update={"device": device}), NO_GPU, *_micro_step(plan))
+        by_device[device] = ledger.peaks["step"][0]
+    optimizer, groups = plan.optimizer, shard_groups(plan, busiest_rank(plan))  # of one rank: all parameters
+    scratch = 4 * max(flat_elements(optimizer, group) for group in groups)
+    assert by_device["cpu"] - by_device["cuda"] > 0.6 * scratch
+    for _ in range(5):
+        real = run(plan.world_size, measured, plan, True)[busiest_rank(plan)]["step"]
+        # What a backward pass still holds as a step begins the planner takes for a little more.
+        if real - by_device["cuda"] <= SMALL_BYTES + table_bytes(plan) and by_device["cpu"] - real > 0.9 * scratch:
+            return
+    raise AssertionError((by_device, real, scratch))
+
+
+def table_bytes(plan: Plan) -> int:
+    """Of what the kernel reads about each parameter, which the planner leaves out: 40 bytes of each small one."""
+    return 40 * len(plan.model.parameter_shapes())

@@ -98,10 +98,10 @@ class ImageDataConfig(Section):
     eval_resize: Annotated[int, Field(ge=8)] = 256
     """Evaluation: the shorter side is resized to this, then ``image_size`` is cut from the centre."""
     num_workers: Count | None = None
-    """Threads (cache) or processes (files) that read for a rank; unset: the rank's share of the cores, at most 8
-    threads. 0 reads files in the rank itself."""
+    """Processes that read for a rank, 0: the rank itself; unset: its share of the cores, of the cache at most 4, and
+    none on a CPU."""
     prefetch_factor: Annotated[int, Field(ge=1)] = 2
-    """Optimizer steps that are read ahead (files: micro-batches a worker)."""
+    """Optimizer steps that are read ahead, and pieces that each process reads ahead."""
     pin_memory: bool | None = None
     """Page-locked batches, which copy to a GPU faster; unset: when there is a GPU."""
     augment: AugmentConfig = AugmentConfig()

@@ -2,8 +2,10 @@
 
 Bytes per parameter with a half-precision compute copy and AdamW: 2 copy + 2 gradient + 4 master + 8 moments = 16; in
 fp32 the parameters are views of the master: 4 + 4 gradient + 8 = 16; with a bf16 master, which is the compute copy, and
-8-bit moments: 2 + 2 gradient + 2.03 = 6.03. The step works through the masters in chunks, so that the fp32 gradients
-never exist whole.
+8-bit moments: 2 + 2 gradient + 2.03 = 6.03.
+
+On a GPU with Triton an element-wise step is one pass over a group, which reads gradients and writes compute copies
+where they lie. Otherwise it works through the masters in chunks, so that the fp32 gradients never exist whole.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels.optimizer_step import BLOCK, Moment
+from ..kernels.optimizer_group import Flat, GroupStep, Places
+from ..kernels.optimizer_step import BLOCK, Figures, Moment
 from ..planning.optimizer_states import state_groups
 from ..planning.plan import OptimizerPlan
 from ..types import Fragment, Reader
@@ -65,11 +68,21 @@ class Group:
                 slot.parameter.data = master.values[slot.start : slot.stop].view(slot.parameter.shape)
         shapes = [tuple(slot.parameter.shape) for slot in self.slots]
         self.update = make_update(plan, kind, shapes, -(-end // CHUNK_ELEMENTS), stream, device)
+        self.stream = stream
+        self.one_pass: GroupStep | None = None
+        if (rule := self.update.rule) is not None:
+            self.one_pass = GroupStep(rule, [(slot.start, slot.parameter.numel()) for slot in self.slots])
 
     @property
     def master(self) -> Tensor:
         """(elements,) fp32 or bf16."""
         return self.states["parameter"].values
+
+    @property
+    def flat(self) -> Flat:
+        """What a step in one pass updates."""
+        average = self.states["ema"].values if "ema" in self.states else None
+        return Flat(self.master, tuple(self.states[role] for role in self.mean_roles), average)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[Slot, int, int]]:
         """The parts of parameters inside ``[start, stop)`` of the flat master: slot, and interval within it."""
@@ -98,6 +111,10 @@ class FlatOptimizer:
         plan: kind, its constants, types of its states.
         gradient_of: where a parameter's accumulated gradient is (None: it got none in this window).
         rank: of engines that shard: their random numbers differ. Replicas must draw the same: 0.
+
+    Attributes:
+        in_one_pass: whether groups may step in one pass; on a GPU they may. It does the same up to rounding: under
+            stochastic rounding and in 8 bits with the same random numbers.
     """
 
     def __init__(
@@ -122,7 +139,7 @@ class FlatOptimizer:
         ]
         first = next(iter(parameters.values()))
         self.copies = first.dtype != self.groups[0].master.dtype
-        self.scratch_elements = max(r.stop - r.start for group in self.groups for r in group.regions())
+        self.in_one_pass = first.device.type == "cuda"
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of all gradients as they are (scaled), in fp32; a scalar on the device."""
@@ -162,19 +179,55 @@ class FlatOptimizer:
             grad_divisor: scalar fp32 tensor; gradients are divided by it (loss scale and clipping in one).
             found_inf: scalar fp32 tensor, 1.0 when the gradient is not finite.
         """
-        scratch = torch.empty(self.scratch_elements, dtype=torch.float32, device=found_inf.device)
+        inputs = {g: StepInputs(lr, g.weight_decay, grad_divisor, found_inf) for g in self.groups}
+        rest = self._step_in_one_pass(inputs) if self.in_one_pass else self.groups
+        if not rest:
+            return
+        elements = max(r.stop - r.start for group in rest for r in group.regions())
+        scratch = torch.empty(elements, dtype=torch.float32, device=found_inf.device)
+        for group in rest:
+            self._step_in_regions(group, inputs[group], scratch)
+
+    def _step_in_one_pass(self, inputs: Mapping[Group, StepInputs]) -> list[Group]:
+        """Step the groups that can; returns the others."""
+        rest: list[Group] = []
+        figures: Figures | None = None
+        weight: Tensor | None = None
         for group in self.groups:
-            inputs = StepInputs(lr, group.weight_decay, grad_divisor, found_inf)
-            group.update.begin(inputs)
-            for region in group.regions():
-                gradient = scratch[: region.stop - region.start]
-                self._gather(group, region.start, region.stop, gradient)
-                means = [group.states[role].part(region.start, region.stop) for role in group.mean_roles]
-                group.update.apply(region, group.master[region.start : region.stop], means, gradient, inputs)
-                if self.copies:
-                    self._refresh(group, region.start, region.stop)
+            flat, places = group.flat, self.places(group)
+            if group.one_pass is None or not group.one_pass.runs(flat, places):
+                rest.append(group)
+                continue
+            given = inputs[group]
+            group.update.count(given)
+            if figures is None:  # of all these groups: they have one rule, and count alike
+                figures = Figures.of(group.one_pass.rule, group.update.steps, given.grad_divisor, given.found_inf)
                 if self.plan.ema_decay is not None:
-                    self._average(group, region, found_inf, self.plan.ema_decay)
+                    weight = average_weight(group.update.steps, self.plan.ema_decay)
+            group.one_pass(
+                flat, places, figures, weight, lr=given.lr, weight_decay=given.weight_decay, seed=self.plan.seed,
+                stream=group.stream,
+            )  # fmt: skip
+        return rest
+
+    def places(self, group: Group) -> Places:
+        """Where the group's gradients and copies are now."""
+        gradients = [self.gradient_of(slot.parameter) for slot in group.slots]
+        copies = [slot.parameter for slot in group.slots] if self.copies else None
+        return Places([None if g is None else g.contiguous() for g in gradients], copies)
+
+    def _step_in_regions(self, group: Group, given: StepInputs, scratch: Tensor) -> None:
+        """Region by region: gather gradients, update, copy to the compute copy, average."""
+        group.update.begin(given)
+        for region in group.regions():
+            gradient = scratch[: region.stop - region.start]
+            self._gather(group, region.start, region.stop, gradient)
+            means = [group.states[role].part(region.start, region.stop) for role in group.mean_roles]
+            group.update.apply(region, group.master[region.start : region.stop], means, gradient, given)
+            if self.copies:
+                self._refresh(group, region.start, region.stop)
+            if self.plan.ema_decay is not None:
+                self._average(group, region, given.found_inf, self.plan.ema_decay)
 
     def _gather(self, group: Group, start: int, stop: int, gradient: Tensor) -> None:
         """The interval's gradients in fp32, as they are."""

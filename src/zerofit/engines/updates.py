@@ -73,8 +73,15 @@ class Update(Protocol):
     by_parameter: bool
     """Regions are whole parameters; else chunks of any size."""
 
-    def begin(self, inputs: StepInputs) -> None:
+    @property
+    def rule(self) -> Rule | None:
+        """What `kernels.optimizer_group` can do in the place of `begin` and `apply`, after `count`; else None."""
+
+    def count(self, inputs: StepInputs) -> None:
         """Count the step."""
+
+    def begin(self, inputs: StepInputs) -> None:
+        """Begin a step that `apply` carries out; it is counted here or there."""
 
     def apply(
         self, region: Region, weights: Tensor, means: Sequence[Moment], gradient: Tensor, given: StepInputs
@@ -103,18 +110,25 @@ class _Counted:
     def steps(self) -> Tensor:
         return self.counter
 
+    @property
+    def rule(self) -> Rule | None:
+        return None
+
     def set_steps(self, steps: float) -> None:
         self.counter.fill_(steps)
 
-    def begin(self, inputs: StepInputs) -> None:
+    def count(self, inputs: StepInputs) -> None:
         self.counter += 1 - inputs.found_inf
+
+    def begin(self, inputs: StepInputs) -> None:
+        self.count(inputs)
 
     def factors(self) -> Iterator[tuple[int, str, tuple[int, ...], Tensor]]:
         yield from ()
 
 
 class PlainAdamW:
-    """fp32 AdamW by torch's fused kernel, which counts for each chunk itself."""
+    """fp32 AdamW: by torch's fused kernel, which counts for each chunk itself, where no one pass does it."""
 
     by_parameter = False
 
@@ -130,8 +144,15 @@ class PlainAdamW:
         for counter in self.counters:
             counter.fill_(steps)
 
+    @property
+    def rule(self) -> Rule | None:
+        return rule_of(self.plan, "adamw")
+
+    def count(self, inputs: StepInputs) -> None:
+        torch._foreach_add_(self.counters, 1 - inputs.found_inf)
+
     def begin(self, inputs: StepInputs) -> None:
-        return
+        """torch's kernel counts."""
 
     def factors(self) -> Iterator[tuple[int, str, tuple[int, ...], Tensor]]:
         yield from ()
@@ -171,6 +192,10 @@ class Elementwise(_Counted):
     kind: Kind = "adamw"
     stream: int = 0
     by_parameter: bool = False
+
+    @property
+    def rule(self) -> Rule | None:
+        return rule_of(self.plan, self.kind)
 
     def begin(self, inputs: StepInputs) -> None:
         super().begin(inputs)

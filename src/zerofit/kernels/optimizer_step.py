@@ -276,7 +276,7 @@ def step(
     for start in range(0, weights.numel(), REFERENCE_ELEMENTS):
         stop = min(start + REFERENCE_ELEMENTS, weights.numel())
         parts = tuple(moment.part(start, stop) for moment in moments)
-        _reference(
+        reference_step(
             rule, gradient[start:stop], weights[start:stop], parts, figures.packed, lr, weight_decay, seed, stream,
             first + start,
         )  # fmt: skip
@@ -320,7 +320,7 @@ def _kernel_agrees(
         return [weights, *(mean.read(0, n) for mean in means)]
 
     def reference(rule: Rule, gradient: Tensor, weights: Tensor, means: Any, figures: Figures, *rest: Any) -> None:
-        _reference(rule, gradient, weights, means, figures.packed, *rest)
+        reference_step(rule, gradient, weights, means, figures.packed, *rest)
 
     return agrees(
         "the optimizer's step",
@@ -330,7 +330,7 @@ def _kernel_agrees(
     )
 
 
-def _reference(
+def reference_step(
     rule: Rule,
     gradient: Tensor,
     weights: Tensor,
@@ -342,6 +342,7 @@ def _reference(
     stream: int,
     first: int,
 ) -> None:
+    """As `step`, over all elements at once; `packed` as in `Figures`."""
     inverse, found_inf, t, one, root = packed.unbind()
     n = weights.numel()
     p, means, words = weights.float(), [moment.read(0, n) for moment in moments], None

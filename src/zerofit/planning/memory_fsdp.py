@@ -16,7 +16,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from .memory_replicated import CHUNK_ELEMENTS, has_copy
-from .optimizer_states import StateGroup, decaying, flat_elements, master_bytes, mean_bytes, state_groups
+from .optimizer_states import (
+    StateGroup,
+    decaying,
+    flat_elements,
+    gathers_gradients,
+    master_bytes,
+    mean_bytes,
+    state_groups,
+)
 from .plan import Plan
 from .template import BlockEvent, ModuleEvent, StepEvent
 from .timeline import GATHER, MAIN, REDUCE, Ledger
@@ -194,10 +202,11 @@ class FSDPModel:
         """The last group has reduced already."""
 
     def step(self) -> None:
-        """One chunk of fp32 gradients as scratch; then the gradients go."""
+        """Where gradients are gathered, one chunk of them in fp32 as scratch; then the gradients go."""
         self.ledger.free_if_live("reduced in fp32")
-        largest = max(flat_elements(self.plan.optimizer, group) for group in shard_groups(self.plan, self.rank))
-        self.ledger.temporary(4 * min(largest, CHUNK_ELEMENTS))
+        if gathers_gradients(self.plan.optimizer.kind, self.plan.device):
+            largest = max(flat_elements(self.plan.optimizer, group) for group in shard_groups(self.plan, self.rank))
+            self.ledger.temporary(4 * min(largest, CHUNK_ELEMENTS))
         for group in self.with_gradient:
             self.ledger.free(("share", group))
         self.with_gradient.clear()

@@ -8,12 +8,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .optimizer_states import factor_bytes, flat_elements, master_bytes, mean_bytes, planned_groups
+from .optimizer_states import (
+    factor_bytes,
+    flat_elements,
+    gathers_gradients,
+    master_bytes,
+    mean_bytes,
+    planned_groups,
+)
 from .plan import Plan
 from .template import BlockEvent, ModuleEvent
 from .timeline import Ledger, parameter_elements
 
-#: `engines.flat_optimizer.CHUNK_ELEMENTS`: fp32 gradients exist in chunks of at most so many elements.
+#: `engines.flat_optimizer.CHUNK_ELEMENTS`: gathered fp32 gradients exist in chunks of at most so many elements.
 CHUNK_ELEMENTS = 32 * 1024 * 1024
 #: DDP's buckets: the first small, so that reduction starts early.
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 1024**2, 25 * 1024**2
@@ -116,14 +123,17 @@ class ReplicatedModel:
         """Reduction happens in the buckets."""
 
     def step(self) -> None:
-        """One chunk of fp32 gradients as scratch; then the gradients go."""
+        """Where gradients are gathered, one chunk of them in fp32 as scratch; then the gradients go."""
         optimizer, sizes = self.plan.optimizer, []
         for group in planned_groups(self.plan):
+            if not gathers_gradients(group.kind, self.plan.device):
+                continue
             if group.kind in ("muon", "adafactor"):
                 sizes.append(WHOLE_TENSORS * max(math.prod(shape) for shape in group.members.values()))
             else:
                 sizes.append(min(flat_elements(optimizer, group), CHUNK_ELEMENTS))
-        self.ledger.temporary(4 * max(sizes))
+        if sizes:
+            self.ledger.temporary(4 * max(sizes))
         for parameter in self.kept:
             self.ledger.free(("gradient", parameter))
         self.kept.clear()

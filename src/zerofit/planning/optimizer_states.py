@@ -85,6 +85,13 @@ def mean_bytes(optimizer: OptimizerPlan, kind: str, elements: int) -> list[int]:
     return each[optimizer.state] * len(MEANS[kind])
 
 
+def gathers_gradients(kind: str, device: str) -> bool:
+    """Whether a group's step gathers gradients in fp32 before it uses them: Muon's and Adafactor's, which need whole
+    tensors; any on a CPU. On a GPU `kernels.optimizer_group` reads the others' where they lie. (Where that kernel
+    cannot run, the step gathers there too, says so, and takes a chunk more than was planned.)"""
+    return device == "cpu" or kind in ("muon", "adafactor")
+
+
 def factor_bytes(group: StateGroup) -> Iterator[int]:
     """Bytes of Adafactor's means, tensor by tensor."""
     if group.kind != "adafactor":

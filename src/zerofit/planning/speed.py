@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..config.image_models import ResNetConfig
 from . import speed_images as images
 from .calibration import Rates
-from .optimizer_states import BLOCK, MEANS, planned_groups
+from .optimizer_states import BLOCK, MEANS, gathers_gradients, planned_groups
 from .plan import Plan, input_bytes
 from .work import Work, work_of
 
@@ -30,10 +30,12 @@ SCAN_SECONDS, SCAN_BACKWARD_SECONDS = 6.5e-13, 2.13e-12
 #: Elementwise traffic against compiled, fused kernels; bytes a logit moves: written, read by the softmax, its
 #: gradient written and read; eager keeps an fp32 copy as well.
 EAGER_TRAFFIC, LOGIT_BYTES = 1.2, {"eager": 34, "compiled": 16}
-#: Bytes the optimizer's step moves a parameter: the fused AdamW over flat fp32 masters reads the gradient, reads and
-#: writes master and moments, writes the compute copy (28) and the gradient's norm and zeroing (6); in full fp32 32.
+#: Bytes the optimizer's step moves a parameter: AdamW in one pass over flat fp32 masters reads the gradient, reads and
+#: writes master and moments, writes the compute copy (28), and the norm reads the gradient (2); in full fp32 32.
+#: Counted. The rows that the other constants were fitted to ran a step that gathered gradients first, and took 27 ms
+#: for 1.73e9 parameters on an H200 where this counts 12: the others hold the difference until one pass is measured.
 #: DeepSpeed's step around the same kernel takes as long as 190 (fitted: 252 against 184 ms on one GPU).
-ADAM_BYTES, ADAM_FP32_BYTES, ZERO_STEP_BYTES = 34, 32, 190
+ADAM_BYTES, ADAM_FP32_BYTES, ZERO_STEP_BYTES = 30, 32, 190
 #: AdamW on the CPU: gradient, master and moments read, master and moments written, in fp32.
 CPU_ADAM_BYTES = 28
 #: Seconds of the launching process: a kernel, a parameter's hook under DDP and under ZeRO-1/2, a module's gathering
@@ -80,9 +82,9 @@ FORMULAS = (
      "0.6 of its time on NVLink (ZeRO-3 0.95, FSDP2 0.7), 0.3 (ZeRO-3 0.5) over slower links",
      "Rajbhandari et al. 2020, section 7; the sources of DeepSpeed 0.19.8 and PyTorch; 0.6, 0.95 and 0.7 fitted, the "
      "others assumed"),
-    ("optimizer", "34 bytes a parameter (28 AdamW, 6 norm and zeroing); ZeRO 190 and FSDP2 34 bytes a parameter of the "
-     "rank's 1/N",
-     "34 counted, 190 fitted"),
+    ("optimizer", "30 bytes a parameter (28 AdamW in one pass, 2 the norm); ZeRO 190 and FSDP2 30 bytes a parameter of "
+     "the rank's 1/N",
+     "30 counted, 190 fitted"),
     ("offload", "gradients to the host hP/N each micro-step, AdamW there 28P/N bytes a rank at the node's rate, "
      "parameters back hP/N; with parameters offloaded, hP/N in for each pass", "measured on H200: 51 and 37 GB/s, "
      "84 GB/s a node for AdamW"),
@@ -267,13 +269,15 @@ def _optimizer_seconds(plan: Plan, found: Rates) -> float:
 
 def _state_traffic(plan: Plan) -> float:
     """Bytes a parameter that another optimizer than fp32 AdamW reads and writes more (or less): states there and back,
-    no compute copy beside a bf16 master, the fp32 gradient gathered first. Counted, not measured."""
+    no compute copy beside a bf16 master; under ZeRO, and for Muon and Adafactor, the fp32 gradient gathered first.
+    Counted, not measured."""
     optimizer = plan.optimizer
     if optimizer.is_plain:
         return 8.0 if optimizer.ema_decay is not None else 0.0
     means = {"fp32": 4.0, "bf16": 2.0, "8bit": 1 + 4 / BLOCK}[optimizer.state] * len(MEANS[optimizer.kind])
     fewer = 2 * (8 - means) + (2 * 2 + 2 if optimizer.master == "bf16" else 0)
-    return 8 - fewer + (8 if optimizer.ema_decay is not None else 0)
+    gathered = plan.strategy.startswith("zero") or gathers_gradients(optimizer.kind, plan.device)
+    return (8 if gathered else 0) - fewer + (8 if optimizer.ema_decay is not None else 0)
 
 
 def orthogonal_flops(plan: Plan) -> float:

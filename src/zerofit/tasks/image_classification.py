@@ -107,7 +107,7 @@ class ImageClassification:
         device = torch.device("cuda", torch.cuda.current_device()) if pin_memory else None
         reading = read_plan(data, device)
         some = config.eval_batches * share.accumulation_steps
-        probe = ImageEvaluation(val, Share(1, 1, 0, 1), replace(reading, device=None, num_workers=1), 1)[0]
+        probe = ImageEvaluation(val, Share(1, 1, 0, 1), replace(reading, device=None, num_workers=0), 1)[0]
         return Feed(
             ImageLoader(train, share, reading),
             {"train": ImageEvaluation(train, share, reading, some), "val": ImageEvaluation(val, share, reading)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cache
 from itertools import tee
 from typing import Any
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from ...kernels.triton_use import agrees, use_triton
 from ..order import Indices
+from .ahead import Ahead
 from .decode import MAX_ASPECT, import_pillow
-from .file_bytes import FileBytes, decode_here
+from .processes import Processes
 from .readers import parts
 from .store import ImageStore
+from .work import WholeFiles, decode_here
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +29,8 @@ _log = logging.getLogger(__name__)
 READ_TOGETHER, READ_BYTES = 64, 4 << 20
 #: Processes that keep up with a GPU's decoder when they only read; decoding what is no JPEG takes all that there are.
 READING_PROCESSES = 4
+#: Batches whose bytes are held: on the device, being decoded, waiting, and in the making.
+BUFFERS = 4
 #: Bytes of a picture from which the kernel's 32-bit distances end.
 MAX_BYTES = 1 << 31
 
@@ -85,15 +90,25 @@ class GpuFilesReader:
     ) -> None:
         self.store, self.device, self.decoder = store, device, decoder
         only_jpegs = bool(store.index["plain_jpeg"].all())
-        self._files = FileBytes(
-            store, min(workers, READING_PROCESSES) if only_jpegs else workers, prefetch_factor, READ_BYTES
-        )
+        readers = min(workers, READING_PROCESSES) if only_jpegs else workers
+        self._files = Processes(WholeFiles(store), readers, prefetch_factor, READ_BYTES)
         self._buffers: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self.size = int(store.meta["request"]["cache_size"])
         self._in_use: tuple[Any, object] = (None, None)
         self._told = False
 
     def batches(self, numbers: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
+        on_gpu = self.device.type == "cuda"
+        stream = torch.cuda.current_stream(self.device) if on_gpu else None  # of this thread; the other one joins it
+        ahead = Ahead(self._encoded(numbers), 1, lambda: torch.cuda.stream(stream) if on_gpu else nullcontext())
+        try:
+            for batch, encoded in ahead:
+                yield self._decode(batch, encoded)
+        finally:
+            ahead.close()
+
+    def _encoded(self, numbers: Iterable[Indices]) -> Iterator[tuple[Indices, list[Tensor]]]:
+        """Each batch and its files as `_pixels_sent` gives them, taken from the processes while the last is decoded."""
         wanted, asked = tee(numbers)
         room = READ_BYTES * 3 // 4  # files differ in size
         together = min(max(room // max(self.store.mean_file_bytes, 1), 1), READ_TOGETHER)
@@ -102,11 +117,11 @@ class GpuFilesReader:
             encoded = []
             for place, part in enumerate(parts(batch, together)):
                 data, lengths = next(pieces)
-                encoded += self._pixels_sent(part, self._copied(data, turn % 2, place), lengths)
-            yield self._decode(batch, encoded)
+                encoded += self._pixels_sent(part, self._copied(data, turn % BUFFERS, place), lengths)
+            yield batch, encoded
 
     def _copied(self, data: NDArray[np.uint8], turn: int, place: int) -> Tensor:
-        """In memory of this reader, which is used again two batches later, when the device has done with it."""
+        """In memory of this reader, which is used again `BUFFERS` batches later, when the device has done with it."""
         buffer = self._buffers.get((turn, place))
         if buffer is None or len(buffer) < len(data):
             buffer = self._buffers[turn, place] = np.empty(len(data) * 5 // 4, np.uint8)

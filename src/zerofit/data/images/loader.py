@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice, tee
+from itertools import islice
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -28,11 +28,13 @@ from ..order import Indices
 from .ahead import Ahead
 from .dataset import ImageDataset
 from .gpu_files import GpuFilesReader, nvjpeg
-from .readers import CacheReader, FilesReader, Reader
+from .readers import CanvasReader, Reader
 from .shards import usable_cores
+from .work import Canvases
 
-#: Threads that copy out of the cache; more saturate nothing but the interpreter's lock.
-MAX_CACHE_THREADS = 8
+#: Processes that copy out of the cache for a GPU. One copies 20,000 pictures/s and more; several wait for a disk at
+#: the same time.
+MAX_CACHE_PROCESSES = 4
 
 #: Samples whose pictures and keys are computed at a time.
 PLANNED_SAMPLES = 8192
@@ -49,7 +51,7 @@ class ReadPlan:
         read: from the ``cache`` or the ``files``.
         device: batches are brought there ahead, on a stream of their own; None leaves them on the CPU. On a GPU,
             files that are JPEGs are decoded there where torchvision works.
-        num_workers: threads or processes; None chooses.
+        num_workers: processes; None chooses.
         prefetch_factor: windows that are made ahead.
         pin_memory: page-locked batches.
     """
@@ -61,27 +63,40 @@ class ReadPlan:
     pin_memory: bool = False
 
     def workers(self, share: Share) -> int:
-        """Threads (cache) or processes (files): the rank's share of the cores, unless they are set."""
+        """Processes that read: as set, else the rank's share of the cores; a cache for a CPU is read without, since
+        whoever trains there hardly needs the interpreter's lock."""
         if self.num_workers is not None:
             return self.num_workers
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", share.world_size))
         cores = max(usable_cores() // ranks_here, 1)
-        return min(cores, MAX_CACHE_THREADS) if self.read == "cache" else cores
+        if self.read == "files":
+            return cores
+        return min(cores, MAX_CACHE_PROCESSES) if self.device is not None else 0
 
-    def open(self, dataset: ImageDataset, share: Share, *, training: bool) -> Reader:
+    def open(self, dataset: ImageDataset, share: Share, *, training: bool, stays: bool = False) -> Reader:
         """The reader. Evaluation decodes as Pillow does, so that its pixels do not depend on the machine.
+
+        Args:
+            stays: canvases stay on the CPU, unless the GPU decodes them.
 
         Raises:
             DataError: the cache is damaged, or there is none.
         """
         store, workers = dataset.store, self.workers(share)
         if self.read == "cache":
-            return CacheReader(store, workers, pin=self.pin_memory)
-        if training and self.device is not None and self.device.type == "cuda":
+            store.open_pixels()
+        elif training and self.device is not None and self.device.type == "cuda":
             decoder = nvjpeg(self.device)
             if decoder is not None:
                 return GpuFilesReader(store, self.device, decoder, workers, self.prefetch_factor)
-        return FilesReader(store, workers, prefetch_factor=self.prefetch_factor, pin=self.pin_memory)
+        return CanvasReader(
+            Canvases(store, decoded=self.read == "files"),
+            workers,
+            share.micro_batch,
+            prefetch_factor=self.prefetch_factor,
+            device=None if stays else self.device,
+            pin=self.pin_memory,
+        )
 
 
 def read_plan(config: ImageDataConfig, *, on_gpu: bool) -> ReadPlan:
@@ -100,7 +115,9 @@ class _Device:
 
     def __init__(self, device: torch.device | None, *, pin: bool) -> None:
         self.device, self.pin = device, pin
-        self._stream: Any = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+        on_gpu = device is not None and device.type == "cuda"
+        # Preferred: a few short kernels and copies a batch, which would else queue behind the training's.
+        self._stream: Any = torch.cuda.Stream(device, priority=-1) if on_gpu else None
 
     def inside(self) -> AbstractContextManager[object]:
         """What the thread that makes batches enters."""
@@ -135,9 +152,9 @@ class ImageLoader:
 
     def __init__(self, dataset: ImageDataset, share: Share, plan: ReadPlan | None = None) -> None:
         self.dataset, self.share, self.plan = dataset, share, plan or ReadPlan()
-        self._reader = self.plan.open(dataset, share, training=True)
-        stays = isinstance(self._reader, CacheReader | FilesReader) and self.bytes_ahead > MAX_DEVICE_BYTES_AHEAD
-        self._device = _Device(None if stays else self.plan.device, pin=self.plan.pin_memory)
+        stays = self.bytes_ahead > MAX_DEVICE_BYTES_AHEAD
+        self._reader = self.plan.open(dataset, share, training=True, stays=stays)
+        self._device = _Device(self._reader.device, pin=self.plan.pin_memory)
         self._ahead: Ahead[tuple[list[Batch], Any]] | None = None
         self._next_step = -1
 
@@ -197,10 +214,10 @@ class ImageLoader:
 
     def _windows(self, step: int) -> Iterator[tuple[list[Batch], Any]]:
         dataset, size = self.dataset, self.share.micro_batch
-        planned, asked = tee(self._planned(step))
-        read = self._reader.batches(dataset.numbers[places] for places, _ in asked)
+        # The reader may walk its plan in another thread, so it has one of its own.
+        read = self._reader.batches(dataset.numbers[places] for places, _ in self._planned(step))
         window = list[Batch]()
-        for places, keys in planned:
+        for places, keys in self._planned(step):
             canvas, sizes = next(read)
             inputs = {
                 "sizes": sizes,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 import threading
 import zlib
 from collections import deque
@@ -14,7 +12,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 from ...errors import TrainingFailed
 from ..metadata import dtype_for
 from ..tokenizers import Tokenizer
+from ..without_main import without_main
 from .pieces import Piece
 
 #: Characters after which a chunk is full.
@@ -99,7 +97,7 @@ def encode_all(tokenizer: Tokenizer, source: Iterable[Chunk], workers: int) -> I
         try:
             for part in (first, source):
                 for chunk in part:
-                    with _without_main():
+                    with without_main():
                         waiting.append((chunk, pool.submit(_encode_in_worker, chunk.pieces)))
                     if len(waiting) > 2 * workers:
                         done, future = waiting.popleft()
@@ -150,14 +148,3 @@ def _end_with_parent() -> None:
 def _encode_in_worker(pieces: Sequence[Piece]) -> Encoded:
     assert _worker_tokenizer is not None
     return encode(_worker_tokenizer, pieces)
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Start workers without the caller's script: multiprocessing runs it again in each, guard or no guard."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main

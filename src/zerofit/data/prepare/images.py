@@ -31,6 +31,7 @@ from ..images.decode import Limits, import_pillow
 from ..images.discover import Found, discover, shown
 from ..images.shards import Checked, read_shard, shard_rows
 from ..images.store import FILES, FORMAT, INDEX, META, RECORD, SPLITS, is_prepared_images, read_images_meta
+from ..without_main import without_main
 
 #: Pictures of a shard at least, and shards at most: a shard is the unit of work, and what an interruption costs.
 SHARD_PICTURES, MAX_SHARDS = 64, 1024
@@ -200,7 +201,8 @@ def _run_in_processes(jobs: Sequence[tuple[Any, ...]], resize: str, workers: int
         waiting: set[Future[int]] = set()
         try:
             for job in jobs:
-                waiting.add(pool.submit(shards.check_shard, *job))
+                with without_main():
+                    waiting.add(pool.submit(shards.check_shard, *job))
                 if len(waiting) >= 2 * workers:
                     finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in finished)
