@@ -314,6 +314,8 @@ def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run.yaml:3: model.n_head is a setting of model.kind gpt2") as refused:
         load_config(source, None)
     assert "d_state" in str(refused.value)
+    with pytest.raises(ConfigError, match=r"Its counterpart there is model\.n_layers\. Take it out"):
+        load_config(None, "mamba_130m", [("model.n_layer", "12")])
     with pytest.raises(ConfigError, match=r"model.kind was set to the text 'rwkv'"):
         load_config(source, None, [("model.kind", "rwkv")])
     source.write_text("model:\n  kind: mamba\n  d_state: 0\ndata:\n  path: x\n")

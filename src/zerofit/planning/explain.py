@@ -73,7 +73,7 @@ def print_heading(console: Console, choice: Choice) -> None:
     )
     if choice.rates is not None and why_not_predicted(plan, choice.rates) is None:
         counted = " A timm model's are counted, and none was measured." if plan.model.kind == "timm" else ""
-        _say(console, f"Speeds from {choice.rates.source}; expect them within {choice.rates.error:.0%}.{counted}")
+        _say(console, f"Speeds: {choice.rates.source}; expect them within {choice.rates.error:.0%}.{counted}")
     if reason := why_not_predicted(plan, choice.rates):
         _say(console, f"Speeds are not predicted: {reason}.")
 
@@ -87,7 +87,9 @@ def describe_hardware(hardware: Hardware, ranks: int, device: str) -> str:
     linked = f", {'NVLink' if hardware.link == 'nvlink' else 'PCIe'}" if len(hardware.gpus) > 1 else ""
     network = hardware.network_bytes_per_second
     between = f", {network * 8 / 1e9:.0f} Gbit/s between nodes" if network else ""
-    return f"{ranks} x {gpu.name} ({format_bytes(gpu.memory_bytes)}){nodes}{linked}{between}"
+    # A card that is known by its memory alone has it in its name.
+    size = "" if gpu.assumed else f" ({format_bytes(gpu.memory_bytes)})"
+    return f"{ranks} x {gpu.name}{size}{nodes}{linked}{between}"
 
 
 def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Candidate) -> None:
@@ -151,6 +153,7 @@ def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool)
     table = Table(
         caption=f"Estimated bytes of one rank at its peak; it may use {format_bytes(first.limit_bytes)} "
         f"({first.share:.0%} of what is free). In brackets: not asked for, shown for comparison.",
+        caption_justify="left",
         header_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -162,6 +165,7 @@ def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool)
         heading = name.replace("tokens", choice.candidates[0].plan.model.items)
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
+    short = " offload, all" if wide else ", all"
     for candidate in shown:
         chosen, fits = (
             candidate is choice.chosen,
@@ -170,7 +174,7 @@ def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool)
         columns = _columns(candidate)
         table.add_row(
             # The whole name stands in the bars and sentences; here it would push columns off a terminal.
-            ("> " if chosen else "  ") + describe(candidate.plan).replace("offload + parameters", "offload, all"),
+            ("> " if chosen else "  ") + describe(candidate.plan).replace(" offload + parameters", short),
             *(columns[name] for name in names),
             fits if candidate.asked else f"({fits})",
             style="bold" if chosen else None if candidate.asked else "dim",
