@@ -209,6 +209,8 @@ def test_what_is_squeezed_in_says_what_that_rests_on(capsys: pytest.CaptureFixtu
     assert peak > limit
     assert f"It needs about {peak - reserve:.2f} GiB of the {limit:.2f} GiB" in found["reason"]
     assert f"It is tight: with the {reserve:.2f} GiB" in found["reason"]
+    (way,) = found["remedies"]
+    assert way == "without that it fits with the blocks' inputs in host memory: --activation-offload cpu"
 
 
 def test_ways_out_name_the_models_own_key_and_the_best_other_strategy(capsys: pytest.CaptureFixture[str]) -> None:

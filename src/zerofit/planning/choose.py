@@ -25,7 +25,7 @@ from .candidates import (
 from .dimensions import dimension_notes, fallback_warnings
 from .hardware import Hardware
 from .plan import Plan
-from .remedies import remedies
+from .remedies import remedies, roomier
 from .search import search
 from .sizes import format_bytes, format_seconds
 
@@ -183,11 +183,9 @@ def _carries(config: Config, rung: Rung) -> bool:
 
 
 def _with_remedies(builder: Builder, candidate: Candidate) -> Candidate:
-    return (
-        candidate
-        if candidate.fits or not candidate.asked
-        else replace(candidate, remedies=remedies(builder, candidate))
-    )
+    if not candidate.asked or (candidate.fits and not candidate.squeezed):
+        return candidate
+    return replace(candidate, remedies=(roomier if candidate.squeezed else remedies)(builder, candidate))
 
 
 def _explained(candidate: Candidate, reason: str) -> Candidate:

@@ -53,7 +53,7 @@ def print_choice(console: Console, config: Config, choice: Choice, *, everything
     if choice.candidates[0].plan.device == "cuda":
         console.print(memory_bars(choice, shown))
     for candidate in shown:
-        if not candidate.fits and candidate.remedies:
+        if candidate.remedies:
             _say(console, f"{describe(candidate.plan)} {candidate.verdict}: {'; '.join(candidate.remedies)}.")
     if choice.chosen is not None:
         _print_chosen(console, config, choice, choice.chosen)

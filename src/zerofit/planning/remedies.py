@@ -19,9 +19,15 @@ GPU_COUNTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 256, 512
 def remedies(builder: Builder, missed: Candidate) -> tuple[str, ...]:
     """``fits at micro-batch 2``, ``fits with every block checkpointed``, ``fits on 6 GPUs``, …: nearest first."""
     found = list(_smaller(builder, missed))
+    found += list(_on_host(builder, missed.plan))
     found += list(_low_bit(builder, missed.plan))
     found += list(_more_gpus(builder, missed.plan))
     return (*found, *_more_room(missed))
+
+
+def roomier(builder: Builder, squeezed: Candidate) -> tuple[str, ...]:
+    """For a candidate that fits only when PyTorch gives back its reserve: what makes it fit without."""
+    return tuple(f"without that it {way}" for way in _on_host(builder, squeezed.plan))
 
 
 def _fits(builder: Builder, plan: Plan) -> bool:
@@ -57,6 +63,17 @@ def _micro_batch_that_fits(builder: Builder, plan: Plan) -> int | None:
     changed.reverse()
     index = bisect_left(changed, True, key=lambda smaller: _fits(builder, smaller))
     return changed[index].micro_batch if index < len(changed) else None
+
+
+def _on_host(builder: Builder, plan: Plan) -> Iterator[str]:
+    """Recomputed blocks whose inputs wait in host memory."""
+    if builder.device != "cuda" or plan.activation_offload == "cpu":
+        return
+    way = plan.recomputation if plan.activation_checkpointing_every == 1 else "full"
+    moved = {"activation_offload": "cpu", "activation_checkpointing_every": 1, "recomputation": way}
+    if _fits(builder, plan.model_copy(update=moved)):
+        more = "" if plan.activation_checkpointing_every == 1 else " --activation-checkpointing full"
+        yield f"fits with the blocks' inputs in host memory: --activation-offload cpu{more}"
 
 
 def _low_bit(builder: Builder, plan: Plan) -> Iterator[str]:
