@@ -23,7 +23,7 @@ from ..planning.hardware import probe
 from ..planning.plan import Plan
 from ..planning.sizes import format_bytes, format_seconds
 from ..planning.translation import print_translation
-from .plan import with_vocabulary
+from .plan import with_steps, with_vocabulary
 
 #: Five steps of a large model under offload, and the start of its processes.
 TIME_LIMIT_SECONDS = 900.0
@@ -46,7 +46,7 @@ def run_check_memory(arguments: Sequence[str]) -> None:
         print(json.dumps(comparison(choice.plan, result)))
     else:
         console = Console()
-        print_choice(console, config, choice)
+        print_choice(console, with_steps(config, choice.plan), choice)
         print_translation(console, resolved.notes, config, choice.plan)
         console.print(comparison_table(comparison(choice.plan, result)))
 
