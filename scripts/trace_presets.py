@@ -42,7 +42,8 @@ def main() -> None:
 
 
 def image_keys() -> Iterator[tuple[str, Plan, TraceKey]]:
-    """Of the image presets on GPUs in half precision: eager, with none and every n-th block recomputed; compiled."""
+    """Of the image presets on GPUs in half precision: eager, with none and every n-th block recomputed; compiled, and
+    compiled under FSDP2."""
     for preset in IMAGE_PRESETS:
         config = load_config(None, preset).config
         assert isinstance(config.model, ResNetConfig)
@@ -63,6 +64,8 @@ def image_keys() -> Iterator[tuple[str, Plan, TraceKey]]:
             yield preset, changed, trace_key(changed, recompute=every > 0)
         compiled = plan.model_copy(update={"compile": True})
         yield preset, compiled, trace_key(compiled, recompute=False)
+        cut = compiled.model_copy(update={"strategy": "fsdp2", "world_size": 2})
+        yield preset, cut, trace_key(cut, recompute=False)
 
 
 def shipped_keys() -> Iterator[tuple[str, Plan, TraceKey]]:

@@ -55,6 +55,11 @@ def test_version() -> None:
     assert json.loads(zerofit("version", "--json").stdout)["torch"] == importlib.metadata.version("torch")
 
 
+def test_the_package_can_be_run_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "zerofit", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, zerofit("--version").stdout)
+
+
 def test_a_misspelt_verb_names_the_nearest_one() -> None:
     done = zerofit("trian")
     assert done.returncode == 2
@@ -132,6 +137,8 @@ def test_presets_are_listed_with_their_parameters() -> None:
     # 124,439,808 parameters and 47 padding rows of 768.
     assert "  124,475,904  GPT-2 124M" in listed
     assert "801,536 + 128 a token" in listed
+    # Whole sentences, over as many lines of the file as they take.
+    assert all(line.endswith(".") for line in listed.splitlines())
 
 
 def test_a_preset_is_printed_as_yaml_and_as_json() -> None:

@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 
 import zerofit.cli.calibrate
 from zerofit.cli.calibrate import calibration_from
 from zerofit.cli.plan import run_plan
+from zerofit.config.load import load_config
 from zerofit.errors import ConfigError, DataError, ZerofitError
 from zerofit.launch.trials import TrialResult
+from zerofit.planning.choose import survey
+from zerofit.planning.explain import candidate_table
+from zerofit.planning.hardware import probe
 
 FIELDS = {
     *(
@@ -191,3 +196,45 @@ def test_calibrating_needs_gpus_and_a_trial_that_ends_well(monkeypatch: pytest.M
     measured = calibration_from(TrialResult("ok", 1.0, result, 0, ""), "t4", 2)
     assert (measured.matrix_flops, measured.context_bytes, measured.all_reduce) == (5e13, 300, None)
     assert "2 x Tesla T4" in measured.source
+
+
+SMALL_CARDS = ("--preset", "mamba_7b", "--gpus", "4", "--gpu-memory", "24GiB")
+
+
+def test_what_is_squeezed_in_says_what_that_rests_on(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(capsys, *SMALL_CARDS, "--strategy", "zero2", "--offload", "cpu")["chosen"]
+    reserve = (found["gpu_reserved_bytes"] - found["gpu_peak_bytes"]) / 2**30
+    peak, limit = found["gpu_driver_bytes"] / 2**30, found["gpu_limit_bytes"] / 2**30
+    assert found["squeezed"]
+    assert peak > limit
+    assert f"It needs about {peak - reserve:.2f} GiB of the {limit:.2f} GiB" in found["reason"]
+    assert f"It is tight: with the {reserve:.2f} GiB" in found["reason"]
+
+
+def test_ways_out_name_the_models_own_key_and_the_best_other_strategy(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit):
+        run_plan([*SMALL_CARDS, "--strategy", "zero3", "--offload", "none"])
+    said = capsys.readouterr().err
+    assert "a shorter model.max_seq_length" in said
+    assert "strategy zero3, offload cpu fits as it is" in said  # zero2 with offload fits tightly only
+
+
+def test_a_card_known_by_its_memory_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    run_plan(["--preset", "gpt2", "--gpus", "2", "--gpu-memory", "24GiB"])
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.endswith("on 2 x GPU with 24.00 GiB, PCIe:")
+    assert second == "Speeds: assumed to be those of NVIDIA A10G, published rates; expect them within 50%."
+
+
+def test_the_table_is_whole_on_eighty_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a GPU too, where every strategy is shown beside the one that was asked for."""
+    settings = [("strategy", "single"), ("model.vocab_size", "76")]
+    choice = survey(load_config(None, "shakespeare_char", settings).config, probe())
+    if choice.hardware.gpus:
+        pytest.skip("a table for GPUs has other columns")
+    console = Console(width=80)
+    console.print(candidate_table(choice, choice.rows, wide=False))
+    said = capsys.readouterr().out
+    assert "…" not in said
+    assert "  ZeRO-3 + CPU, all " in said
+    assert "\n Estimated bytes" not in said  # the caption begins where the table does

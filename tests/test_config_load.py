@@ -314,8 +314,19 @@ def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"run.yaml:3: model.n_head is a setting of model.kind gpt2") as refused:
         load_config(source, None)
     assert "d_state" in str(refused.value)
+    with pytest.raises(ConfigError, match=r"Its counterpart there is model\.n_layers\. Take it out"):
+        load_config(None, "mamba_130m", [("model.n_layer", "12")])
     with pytest.raises(ConfigError, match=r"model.kind was set to the text 'rwkv'"):
         load_config(source, None, [("model.kind", "rwkv")])
     source.write_text("model:\n  kind: mamba\n  d_state: 0\ndata:\n  path: x\n")
     with pytest.raises(ConfigError, match=r"run.yaml:3: model.d_state was set to the number 0"):
         load_config(source, None)
+
+
+@pytest.mark.parametrize("name", sorted(keys()))
+def test_a_refusal_is_one_paragraph(name: str) -> None:
+    """It quotes the key's description, which has the line breaks of its source file."""
+    assert "\n" not in keys()[name].description
+    with pytest.raises(ConfigError) as found:
+        load((name, "{a: [1, {b: 2}]}"), ("data.kind", "text"))
+    assert "\n" not in str(found.value)

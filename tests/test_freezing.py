@@ -22,6 +22,7 @@ from zerofit.checkpoint.model import initial_reader
 from zerofit.checkpoint.retention import Retention
 from zerofit.checkpoint.saver import Request, Saver
 from zerofit.checkpoint.store import open_checkpoint
+from zerofit.cli.check_memory import frozen_comparison
 from zerofit.config.load import load_config
 from zerofit.config.models import ResNetConfig
 from zerofit.engines.build import build
@@ -30,10 +31,11 @@ from zerofit.models.resnet import SPEC
 from zerofit.planning import candidates
 from zerofit.planning.choose import survey
 from zerofit.planning.described import Description, described_hardware
-from zerofit.planning.explain import describe_frozen
+from zerofit.planning.explain import describe_frozen, frozen_json
 from zerofit.planning.hardware import probe
 from zerofit.planning.memory import MemoryPrediction, predict_memory, state_bytes
 from zerofit.planning.plan import Plan
+from zerofit.planning.sizes import format_seconds
 from zerofit.training.phases import STATE, PhasedEngine, load_source
 from zerofit.types import World
 
@@ -279,9 +281,36 @@ def test_the_plan_tells_what_the_frozen_phase_needs() -> None:
     assert frozen.items["activations"] < whole.items["activations"] / 2
     assert frozen.items.get("gradients", 0) < whole.items["gradients"] / 100
     assert frozen.driver_bytes < whole.driver_bytes
-    words = describe_frozen(chosen)
+    words = describe_frozen(chosen, None)
     assert "46,170 of 11,222,682 parameters" in words
     assert "less than the whole network" in words
+    assert chosen.step is not None
+    assert chosen.frozen_step is not None
+    assert f"One of its steps takes about {format_seconds(chosen.frozen_step.step_seconds)}" in words
+    # The forward pass is a third of both; the head's gradient and its update are next to nothing.
+    compute, whole_compute = (found.parts["compute"] for found in (chosen.frozen_step, chosen.step))
+    assert whole_compute / 3 < compute < whole_compute / 3 * 1.01
+    assert chosen.frozen_step.parts["optimizer"] < chosen.step.parts["optimizer"] / 100
+    assert (
+        chosen.frozen_step.mfu * 3 < chosen.step.mfu * chosen.step.step_seconds / chosen.frozen_step.step_seconds * 1.01
+    )
+    found = frozen_json(chosen)
+    assert found is not None
+    assert found["step_seconds"] == chosen.frozen_step.step_seconds
+    assert found["images_per_second"] == pytest.approx(chosen.plan.global_batch / found["step_seconds"])
+
+
+def test_checking_the_memory_runs_the_frozen_phase_too() -> None:
+    typed = [("model.freeze_epochs", "2"), ("model.input_size", "224"), ("max_steps", "9"), ("duration", "null")]
+    config = load_config(None, "animals90", [*typed, ("micro_batch", "16")]).config
+    chosen = survey(config, described_hardware(Description(gpu="rtx4090"), probe(Path(), None))).chosen
+    assert chosen is not None
+    assert chosen.frozen is not None
+    assert chosen.frozen_step is not None
+    measured = {"allocated": 1, "reserved": 2, "driver": 3, "seconds": [9.0, 1.0, 2.0, 3.0], "states": {}}
+    rows = frozen_comparison(chosen, chosen.plan.frozen_phase(), measured)
+    assert rows["frozen: gpu_driver_bytes"] == {"predicted": chosen.frozen.driver_bytes, "measured": 3}
+    assert rows["frozen: step_seconds"] == {"predicted": chosen.frozen_step.step_seconds, "measured": 2.0}
 
 
 def test_the_peak_is_that_of_the_larger_phase(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,14 @@ def test_state_spaces_both_ways(tmp_path: Path) -> None:
     assert torch.equal(logits_of(open_foreign(tmp_path / "out")), expected)
 
 
+def test_the_layout_is_told_by_its_name(tmp_path: Path) -> None:
+    source = open_foreign(state_spaces_folder(tmp_path / "in"))
+    assert source.what == "state-spaces folder"
+    assert source.model is not None
+    export(source, source.model, tmp_path / "hf", to="huggingface")
+    assert open_foreign(tmp_path / "hf").what == "Hugging Face folder"
+
+
 def test_huggingface_loads_what_is_exported(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     source = open_foreign(state_spaces_folder(tmp_path / "in"))
@@ -108,6 +116,17 @@ def test_other_models_under_these_names_are_refused(config: dict[str, Any], word
         open_foreign(state_spaces_folder(tmp_path / "in", **config))
 
 
+def test_another_type_with_mambas_names_and_shapes_is_refused(tmp_path: Path) -> None:
+    """FalconMamba: the same parameters, and RMSNorms without weights between them."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.FalconMambaConfig(
+        vocab_size=61, hidden_size=32, state_size=8, num_hidden_layers=1, tie_word_embeddings=True
+    )
+    transformers.FalconMambaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="model_type 'falcon_mamba'"):
+        open_foreign(tmp_path / "hf")
+
+
 def test_only_mamba_has_state_spaces_layout(tmp_path: Path) -> None:
     from test_export import MODEL, save_run
 
@@ -120,3 +139,47 @@ def test_buffers_are_those_of_the_model_that_is_there() -> None:
     assert without_buffers(gpt2) == gpt2[:-1]
     mamba = ["embedding.weight", "norm_f.weight", "layers.0.mixer.A_log", "layers.0.mixer.in_proj.weight"]
     assert without_buffers([*mamba, "h.0.attn.bias"]) == [*mamba, "h.0.attn.bias"]
+
+
+@pytest.fixture
+def verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls a verb beside the folder ``mamba`` of another program and prepared characters in ``data``."""
+    from zerofit.cli.main import load_verb
+
+    state_spaces_folder(tmp_path / "mamba", vocab_size=28, pad_vocab_size_multiple=61)
+    (tmp_path / "play.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 2000, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+
+    def call(verb: str, *arguments: str) -> str:
+        capsys.readouterr()
+        load_verb(verb).main([*arguments], standalone_mode=False)
+        return capsys.readouterr().out
+
+    call("data", "prepare", "play.txt", "--tokenizer", "char", "--out", "data")
+    call("data", "prepare", "play.txt", "--tokenizer", "bytes", "--out", "other")
+    return call
+
+
+def test_another_programs_weights_write_and_are_evaluated_as_they_are(verbs: Any) -> None:
+    arguments = ["mamba", "--data", "data", "--prompt", "the", "--tokens", "12", "--temperature", "0"]
+    assert len(json.loads(verbs("generate", *arguments, "--json"))["texts"][0]) == 15
+    assert verbs("generate", *arguments) == verbs("generate", *arguments, "--no-cache")
+    found = json.loads(verbs("eval", "mamba", "--data", "data", "--batches", "1", "--json"))
+    assert 2.5 < found["val_loss"] < 4.5  # untrained: about log(28)
+    assert "step" not in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("generate", "mamba"), "does not tell its data.*--data"),
+        (("eval", "mamba"), "does not tell its data.*--data"),
+        (("generate", "mamba", "--data", "data", "--weights", "ema"), "only weights are read"),
+        (("generate", "mamba", "--data", "other", "--prompt", "the"), "the model has 28 tokens.*another tokenizer"),
+        (("generate", "mamba", "--data", "data", "--checkpoint", "5"), "no run with several to choose from"),
+        (("generate", "play"), "play holds no checkpoints"),
+    ],
+)
+def test_what_cannot_be_done_with_another_programs_weights(arguments: tuple[str, ...], said: str, verbs: Any) -> None:
+    with pytest.raises(RequestError, match=said):
+        verbs(*arguments)

@@ -20,10 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from processes import run
+from zerofit.checkpoint.blocks import BlockPool
 from zerofit.config.models import GPT2Config
+from zerofit.engines import decoding
 from zerofit.engines.build import build
+from zerofit.kernels import optimizer_step
 from zerofit.kernels.optimizer_group import Places
 from zerofit.models import model_spec
+from zerofit.planning import saving
 from zerofit.planning.memory import NO_GPU, _micro_step, _play
 from zerofit.planning.memory_fsdp import busiest_rank, shard_groups
 from zerofit.planning.optimizer_states import flat_elements
@@ -129,6 +133,62 @@ def measured(world: World, plan: Plan, in_one_pass: bool = False) -> dict[str, i
         for index in range(STEPS):
             engine.train_step([batch(plan) for _ in range(plan.accumulation_steps)], 1e-3, index).read()
     return storages.peaks
+
+
+def saved(world: World, plan: Plan, decoded: int | None) -> dict[str, int]:
+    """One rank's peak in a save, and what was there before it.
+
+    Args:
+        decoded: elements of a piece; None: the usual many.
+    """
+    storages = Storages()
+    for name in ("alloc_storage", "free_storage"):
+        watch(storages, name)
+    pool = BlockPool(pinned=False)
+    pool._buffer(0)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (decoding, optimizer_step):
+            patch.setattr(module, "DECODED_ELEMENTS", decoded or optimizer_step.DECODED_ELEMENTS)
+        with storages:
+            engine: Any = build(plan, model_spec(plan.model.kind), world)
+            engine.load(lambda name, role, start, stop: torch.zeros(stop - start) if role == "parameter" else None)
+            engine.train_step([batch(plan) for _ in range(plan.accumulation_steps)], 1e-3, 0).read()
+            storages.enter("before")
+            before = storages.live_bytes
+            storages.enter("save")
+            for block in pool.fill(engine.fragments(), None, reuse=True):
+                block.complete()
+    return {"before": before, "save": storages.peaks["save"]}
+
+
+LOW_BIT: list[dict[str, Any]] = [
+    {"strategy": "single", "optimizer": {"state": "8bit"}},
+    {"strategy": "ddp", "world_size": 2, "optimizer": {"state": "8bit", "master": "bf16"}},
+    {"strategy": "ddp", "world_size": 2, "optimizer": {"state": "bf16"}},
+    {"strategy": "fsdp2", "world_size": 2, "optimizer": {"state": "8bit", "master": "bf16"}},
+    {"strategy": "zero2", "world_size": 2, "optimizer": {"state": "bf16", "master": "bf16"}},
+    {"strategy": "zero2", "world_size": 2, "optimizer": {"state": "8bit"}},
+]
+
+
+@pytest.mark.parametrize("decoded", [None, 8192])
+@pytest.mark.parametrize("settings", LOW_BIT, ids=str)
+def test_a_save_of_low_bit_states_takes_what_the_planner_says(
+    settings: dict[str, Any], decoded: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole states, and in pieces: two of them at a time, and as much again while signed codes are decoded."""
+    assert saving.DECODED_ELEMENTS == optimizer_step.DECODED_ELEMENTS
+    if decoded is not None:
+        monkeypatch.setattr(saving, "DECODED_ELEMENTS", decoded)
+    plan = plan_of(**settings)
+    ledger, _ = _play(plan, NO_GPU, *_micro_step(plan))
+    size, items = ledger.peaks["save"]
+    found = run(plan.world_size, saved, plan, decoded)[busiest_rank(plan) if plan.strategy == "fsdp2" else -1]
+    states = size - items["decoded states"]
+    assert found["before"] == pytest.approx(states, abs=SMALL_BYTES)
+    assert found["save"] - found["before"] == pytest.approx(items["decoded states"], abs=SMALL_BYTES)
+    if decoded is not None and plan.optimizer.state == "8bit":
+        assert 12 * decoded <= items["decoded states"] <= 12 * (decoded + 256)  # whole blocks
 
 
 def watch(storages: Storages, name: str) -> None:

@@ -26,11 +26,13 @@ from zerofit.checkpoint.pretrained import starting_weights
 from zerofit.checkpoint.store import open_checkpoint
 from zerofit.config.load import load_config
 from zerofit.config.models import TimmConfig
+from zerofit.engines.buffers import Buffers
 from zerofit.engines.build import build
 from zerofit.engines.common import build_model
 from zerofit.engines.fsdp import _meta_model
 from zerofit.errors import CheckpointError, ConfigError, MissingDependency
 from zerofit.models import model_spec
+from zerofit.models.timm_buffers import keep_exact
 from zerofit.models.timm_models import create, import_timm
 from zerofit.planning.memory import predict_memory, state_bytes
 from zerofit.planning.plan import Plan
@@ -155,6 +157,86 @@ def test_what_no_checkpoint_holds_has_timms_values(device: str) -> None:
     assert "blocks.0.attn.k_bias" in wanted
     for name, buffer in built.named_buffers():
         assert torch.equal(buffer, wanted[name]), name
+
+
+def a_half_step(world: World, plan: Plan) -> Any:
+    """The loss of a step, the rotary tables after it, and the types of what all other layers returned."""
+    engine: Any = build(plan, model_spec("timm"), world)
+    engine.load(initial_reader(model_spec("timm"), plan.model, plan.seed))
+    wide = set()
+    for module in engine.model.modules():
+        if next(module.children(), None) is None and "Rotary" not in type(module).__name__:
+            module.register_forward_hook(lambda module, args, out: wide.add(out.dtype))
+    pictures = torch.randn((1, 3, 224, 224), generator=torch.Generator().manual_seed(1))
+    loss = engine.train_step([Batch({"images": pictures, "targets": torch.tensor([1])}, 1)], LR, 0).read().loss
+    rope = engine.model.get_submodule("rope")
+    tables = {name: (str(buffer.dtype), buffer.float().tolist()) for name, buffer in rope.named_buffers()}
+    engine.close()
+    return loss, tables, {str(dtype) for dtype in wide}
+
+
+@needs_timm
+@pytest.mark.parametrize("strategy", ["single", "zero1", "zero3", "fsdp2"])
+def test_rotary_positions_are_not_rounded(strategy: str) -> None:
+    """In fp32 as timm's own, while everything after them is in half precision."""
+    name = "eva02_tiny_patch14_224"
+    model = described(TimmConfig(name=name, num_classes=5, input_size=224, drop_path_rate=0.0))
+    fields: dict[str, Any] = {"model": model, "micro_batch": 1, "accumulation_steps": 1, "precision": "bf16"}
+    ((loss, tables, dtypes),) = run(1, a_half_step, make_plan("", strategy, 1, **fields))
+    exact = dict(import_timm().create_model(name, num_classes=5).rope.named_buffers())
+    assert "pos_embed" in tables
+    assert not torch.equal(exact["pos_embed"].bfloat16().float(), exact["pos_embed"])  # rounding would show
+    for table, (dtype, values) in tables.items():
+        assert dtype == "torch.float32"
+        assert torch.equal(torch.tensor(values), exact[table]), table
+    assert dtypes == {"torch.bfloat16"}
+    assert 0 < loss < 10
+
+
+@needs_timm
+def test_what_a_matrix_product_reads_is_rounded_once() -> None:
+    """Swin v2's logarithmic coordinates in half precision are timm's in fp32, rounded; and the forward pass runs."""
+    config = described(TimmConfig(name="swinv2_cr_tiny_ns_224", num_classes=5, input_size=224))
+    plan = make_plan("", "single", 1, model=config, precision="bf16")
+    built = build_model(plan, model_spec("timm"), torch.device("cpu"))
+    exact = dict(create(config).named_buffers())
+    floating = {name: buffer for name, buffer in built.named_buffers() if buffer.is_floating_point()}
+    assert any("relative_coordinates_log" in name for name in floating)
+    for name, buffer in floating.items():
+        assert torch.equal(buffer, exact[name].to(torch.bfloat16)), name
+    assert built(torch.zeros(1, 3, 224, 224)).dtype == torch.bfloat16
+
+
+@needs_timm
+def test_a_model_that_timm_makes_in_fp32_alone_says_so() -> None:
+    config = described(TimmConfig(name="csatv2", num_classes=5, input_size=224))
+    with pytest.raises(ConfigError, match=r"cannot build it in bfloat16 .* Set precision fp32"):
+        build_model(make_plan("", "single", 1, model=config, precision="bf16"), model_spec("timm"), torch.device("cpu"))
+
+
+class _Constant(torch.nn.Module):
+    """A persistent constant that takes part in the forward pass, and a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.full((3,), 1 / 3))
+        self.norm = torch.nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.get_buffer("scale")
+
+
+def test_a_constant_of_checkpoints_is_rounded_in_the_model_alone() -> None:
+    model = _Constant().to(torch.bfloat16)
+    keep_exact(model, _Constant)
+    buffers = Buffers(model, World(0, 1, 0, torch.device("cpu")))
+    third = torch.full((3,), 1 / 3)
+    buffers.load(lambda name, role, start, stop: third.clone() if name == "scale" else torch.ones(stop - start))
+    assert model.get_buffer("norm.running_var").dtype == torch.float32
+    assert model(torch.ones(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert torch.equal(model.get_buffer("scale"), third.bfloat16())
+    (saved,) = [fragment.data for fragment in buffers.fragments() if fragment.name == "scale"]
+    assert torch.equal(saved, third)
 
 
 @needs_timm

@@ -17,6 +17,7 @@ from ..config.arguments import parse_arguments
 from ..config.load import load_config
 from ..errors import DoesNotFit, ZerofitError
 from ..launch.trials import Trial, TrialResult, run_trial
+from ..planning.candidates import Candidate
 from ..planning.choose import choose
 from ..planning.explain import print_choice
 from ..planning.hardware import probe
@@ -40,15 +41,17 @@ def run_check_memory(arguments: Sequence[str]) -> None:
     resolved = load_config(typed.source, typed.preset, typed.overrides)
     config = with_vocabulary(resolved)
     choice = choose(config, probe(config.runs_dir, config.nvme_path))
-    outcome = _run(choice.plan)
-    result = _checked(outcome, choice.plan)
+    rows = comparison(choice.plan, _checked(_run(choice.plan), choice.plan))
+    if choice.chosen is not None and choice.chosen.frozen is not None:
+        frozen = choice.plan.frozen_phase()
+        rows |= frozen_comparison(choice.chosen, frozen, _checked(_run(frozen), choice.plan))
     if typed.as_json:
-        print(json.dumps(comparison(choice.plan, result)))
+        print(json.dumps(rows))
     else:
         console = Console()
         print_choice(console, with_steps(config, choice.plan), choice)
         print_translation(console, resolved.notes, config, choice.plan)
-        console.print(comparison_table(comparison(choice.plan, result)))
+        console.print(comparison_table(rows))
 
 
 def _run(plan: Plan) -> TrialResult:
@@ -94,6 +97,20 @@ def comparison(plan: Plan, result: dict[str, Any]) -> dict[str, dict[str, float 
     return rows
 
 
+def frozen_comparison(chosen: Candidate, phase: Plan, result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """The same of the phase in which the head alone is trained, under names of its own."""
+    memory, step = chosen.frozen, chosen.frozen_step
+    assert memory is not None
+    rows: dict[str, dict[str, float | None]] = {}
+    if phase.device == "cuda":
+        for name in ("allocated", "reserved", "driver"):
+            rows[f"frozen: gpu_{name}_bytes"] = {
+                "predicted": getattr(memory, f"{name}_bytes"), "measured": result[name]}  # fmt: skip
+    seconds = statistics.median(result["seconds"][1:])
+    rows["frozen: step_seconds"] = {"predicted": step.step_seconds if step else None, "measured": seconds}
+    return rows
+
+
 def comparison_table(rows: dict[str, dict[str, float | None]]) -> Table:
     """Predicted beside measured for people."""
     table = Table(header_style="bold", box=box.SIMPLE_HEAD, title="Predicted beside measured, one rank")
@@ -101,7 +118,7 @@ def comparison_table(rows: dict[str, dict[str, float | None]]) -> Table:
     for name in ("predicted", "measured", "off"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in rows.items():
-        show = format_seconds if name == "step_seconds" else format_bytes
+        show = format_seconds if name.endswith("step_seconds") else format_bytes
         predicted, measured = row["predicted"], row["measured"]
         off = f"{predicted / measured - 1:+.1%}" if predicted and measured else ""
         table.add_row(name, *("-" if value is None else show(value) for value in (predicted, measured)), off)

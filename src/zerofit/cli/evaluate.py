@@ -13,6 +13,8 @@ from ..config.models import LanguageModelShape
 from ..errors import DataError
 
 if TYPE_CHECKING:
+    from ..checkpoint.foreign import Foreign
+    from ..checkpoint.source import Averaged
     from ..checkpoint.store import Saved
     from ..config.models import ModelConfig
     from ..data.loader import Share
@@ -20,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a step folder of its checkpoints.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="A run folder, a step folder, or another program's checkpoint (then with --data)."),
+    ],
     checkpoint: Annotated[str, typer.Option(help="latest, best, final, or a step.")] = "best",
     weights: Annotated[
         Literal["trained", "ema"], typer.Option(help="The weights, or their average (runs with ema_decay).")
@@ -34,23 +39,22 @@ def evaluate(
     import torch
 
     from ..checkpoint.model import load_model
-    from ..checkpoint.source import weights_of
     from ..data.loader import Share
     from ..engines.common import Inputs, evaluate_window
     from ..tasks import task_of
     from ..tasks.base import metric_name
     from ..types import World
-    from .saved_run import data_folder, open_run
+    from .saved_run import data_folder, open_weights
 
-    saved = open_run(run, checkpoint)
+    saved = open_weights(run, checkpoint, weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config = load_model(weights_of(saved, weights), device)
+    model, config = load_model(saved, device)
     share, inputs = Share(micro_batch, 1, 0, 1), Inputs(device)
     if isinstance(config, LanguageModelShape):
         windows: dict[str, Iterable[Batch]] = dict(_texts(saved, data, config, share, batches))
     else:
         windows, inputs.transform = _pictures(saved, data_folder(saved, data), config, share, batches)
-    found: dict[str, float] = {"step": saved.step}
+    found: dict[str, float] = {} if saved.step is None else {"step": saved.step}
     for split, window in windows.items():
         sums = evaluate_window(model, window, World(0, 1, 0, device), inputs).read()
         for name, value in task_of(config).metrics(sums).items():
@@ -59,7 +63,7 @@ def evaluate(
 
 
 def _texts(
-    saved: Saved, data: Path | None, config: LanguageModelShape, share: Share, batches: int | None
+    saved: Saved | Averaged | Foreign, data: Path | None, config: LanguageModelShape, share: Share, batches: int | None
 ) -> Iterator[tuple[str, Iterator[Batch]]]:
     """Batches of each split, and of each source."""
     from ..config.schema import DataConfig
@@ -75,7 +79,9 @@ def _texts(
         yield split, evaluation_window(dataset, share, batches or -(-dataset.blocks // share.micro_batch))
 
 
-def _pictures(saved: Saved, folder: Path, config: ModelConfig, share: Share, batches: int | None) -> Any:
+def _pictures(
+    saved: Saved | Averaged | Foreign, folder: Path, config: ModelConfig, share: Share, batches: int | None
+) -> Any:
     """Batches of each split, and what becomes of them on the device.
 
     Raises:
@@ -87,6 +93,11 @@ def _pictures(saved: Saved, folder: Path, config: ModelConfig, share: Share, bat
     from ..data.images.store import SPLITS
     from ..tasks.image_classification import TASK, image_model, read_plan
 
+    if "facts" not in saved.state:
+        raise DataError(
+            f"{saved.folder} was written by another program and does not tell its classes. Start a run from it "
+            f"(model.weights_from), and evaluate that."
+        )
     data = ImageDataConfig.model_validate(saved.state["config"]["data"]).model_copy(update={"path": folder})
     splits = {split: open_images(folder, split, 0) for split in SPLITS}
     classes = saved.state["facts"]["classes"]

@@ -14,6 +14,7 @@ import typer
 from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from ..config.models import LanguageModelShape
     from ..data.tokenizers import Tokenizer
     from ..models.stepping import Stepper
     from ..tasks.decoding import Decoding
@@ -23,7 +24,9 @@ BETWEEN = "\n---------------\n"
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a step folder of its checkpoints.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run folder, a step folder, or another program's checkpoint (then with --data).")
+    ],
     prompt: Annotated[list[str] | None, typer.Option(help="Start of the text; repeat for several.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="A file with a prompt on each line.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 500,
@@ -59,18 +62,17 @@ def generate(
 ) -> None:
     """Write text with a trained model."""
     from ..checkpoint.model import model_config
-    from ..checkpoint.source import weights_of
     from ..config.models import LanguageModelShape
     from ..data.tokenizers import load_tokenizer
     from ..tasks.decoding import Decoding
-    from .saved_run import data_folder, open_run
+    from .saved_run import data_folder, open_weights
 
     if overflow not in ("slide", "half"):
         raise ConfigError(f"--overflow {overflow}: it takes slide or half.")
     if as_json and stream:
         raise ConfigError("--json and --stream were both given: JSON is printed when it is whole. Leave one away.")
     texts = _prompts(prompt, prompts_file)
-    saved = open_run(run, checkpoint)
+    saved = open_weights(run, checkpoint, weights)
     shape = model_config(saved)
     if not isinstance(shape, LanguageModelShape):
         raise DataError(
@@ -86,9 +88,8 @@ def generate(
         for number, text in enumerate(text for text in texts for _ in range(samples))
     ]
     rules = Decoding(temperature, top_k, top_p, min_p, repetition_penalty)
-    writer = _open_writer(
-        weights_of(saved, weights), device, tokenizer, rules, tokens, tuple(stop or ()), overflow, cache
-    )
+    _check_ids(rows, shape, folder)
+    writer = _open_writer(saved, device, tokenizer, rules, tokens, tuple(stop or ()), overflow, cache)
     live = (sys.stdout.isatty() and not as_json) if stream is None else stream
     if live:
         _stream(writer, rows)
@@ -212,6 +213,20 @@ def _ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     if not ids:
         raise DataError("A prompt is empty. Give at least one character with --prompt.")
     return ids
+
+
+def _check_ids(rows: Sequence[_Row], shape: LanguageModelShape, folder: Path) -> None:
+    """Prompts in a tokenizer that is not the model's.
+
+    Raises:
+        DataError: a token that the model does not have.
+    """
+    largest = max(max(row.ids) for row in rows)
+    if shape.vocab_size is not None and largest >= shape.vocab_size:
+        raise DataError(
+            f"A prompt holds the token {largest} in the tokenizer of {folder}, and the model has {shape.vocab_size} "
+            f"tokens: it was trained with another tokenizer. Name data prepared with that one, with --data."
+        )
 
 
 def _stream(writer: _Writer, rows: Sequence[_Row]) -> None:

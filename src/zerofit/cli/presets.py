@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from typing import Annotated
 
 import typer
@@ -27,12 +29,16 @@ def presets(
 
 
 def preset_table() -> str:
-    """One line a preset: name, parameters, what its file says in its first line."""
-    rows = [(name, _parameters(_config(name)), preset_text(name).partition("\n")[0]) for name in preset_names()]
+    """One line a preset: name, parameters, what its file says in its first sentence."""
+    rows = [(name, _parameters(_config(name)), _first_sentence(preset_text(name))) for name in preset_names()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {count:>{widths[1]}}  {line.removeprefix('# ')}" for name, count, line in rows
-    )
+    return "\n".join(f"{name:<{widths[0]}}  {count:>{widths[1]}}  {sentence}" for name, count, sentence in rows)
+
+
+def _first_sentence(text: str) -> str:
+    """Of the comment at the file's head, which may go over several lines."""
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return re.split(r"(?<=[.])\s", " ".join(line.removeprefix("#").strip() for line in head))[0]
 
 
 def _config(name: str) -> Config:

@@ -220,7 +220,8 @@ class TimmConfig(ImageModelShape):
     architecture: dict[str, Any] = Field(default_factory=dict, repr=False)
     """What timm builds: ``parameters`` and ``buffers`` (name -> shape), names of ``blocks``, of the ``head``'s
     parameters and of those with ``no_decay``; ``forward_flops``, ``saved_elements``, ``boundary_elements`` and
-    ``largest_block_elements`` of one picture. Read from timm when a plan is made."""
+    ``largest_block_elements`` of one picture, and its ``work`` (`models.timm_work`). Read from timm when a plan is
+    made."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.num_classes, self.input_size, self.drop_rate, self.drop_path_rate))
@@ -251,6 +252,11 @@ class TimmConfig(ImageModelShape):
 
     def head_parameters(self) -> frozenset[str]:
         return frozenset(self._told("head"))
+
+    @property
+    def work(self) -> dict[str, Any] | None:
+        """What a forward pass computes, see `models.timm_work`; None in plans that were made before it was counted."""
+        return self.architecture.get("work")
 
     def decaying(self) -> frozenset[str]:
         """Not what timm's author left out (positions, class tokens)."""

@@ -35,7 +35,7 @@ class Key:
     Attributes:
         name: dotted, as in ``optimizer.learning_rate``.
         rule: the values it takes, in words.
-        description: the field's docstring.
+        description: the field's docstring, without its line breaks.
         default: in effect when nothing sets it; ``PydanticUndefined`` for what a run cannot do without.
         types: the plain types it takes, `NoneType` among them when it may be unset.
         kinds: values of its section's ``kind`` that have it; empty where the section has only one kind.
@@ -156,7 +156,9 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Key]:
             yield from _walk(members[0], f"{prefix}{name}.")
         else:
             words, types = _describe(field.annotation, field.metadata)
-            yield Key(prefix + name, _either(words), field.description or "", field.default, types)
+            # The docstring's lines are the source file's; help and errors quote it as one paragraph.
+            description = " ".join((field.description or "").split())
+            yield Key(prefix + name, _either(words), description, field.default, types)
 
 
 def _members(annotation: Any) -> tuple[type[BaseModel], ...]:

@@ -336,6 +336,14 @@ def _validate(settings: dict[str, Entry]) -> Config:
         raise _in_words(error, settings) from error
 
 
+#: Keys of several kinds of models that mean the same: depth, width, length of a sample.
+_COUNTERPARTS = (
+    frozenset({"n_layer", "n_layers"}),
+    frozenset({"n_embd", "d_model"}),
+    frozenset({"block_size", "max_seq_length"}),
+)
+
+
 def _with_kinds(settings: dict[str, Entry]) -> dict[str, Entry]:
     """The settings with the kind of every section that has several: its own, or the first that has all its keys.
 
@@ -351,16 +359,20 @@ def _with_kinds(settings: dict[str, Entry]) -> dict[str, Entry]:
             fitting = [kind for kind, leaves in known.items() if given.keys() <= leaves]
             settings = {**settings, name: Entry(name, (fitting or list(known))[0], DEFAULT)}
         kind = settings[name].value
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             raise _wrong_value(keys()[name], settings[name])
         for leaf, entry in given.items():
-            if leaf not in known[str(kind)]:
+            if leaf not in known[kind]:
                 owners = " and ".join(sorted(keys()[entry.name].kinds))
+                same = next(
+                    (other for names in _COUNTERPARTS if leaf in names for other in names & known[str(kind)]), ""
+                )
                 out = "Choose a preset of that kind" if entry.origin.startswith("preset ") else "Take it out"
+                out = f"Its counterpart there is {section}.{same}. {out}" if same else out
                 raise ConfigError(
                     f"{entry.origin}: {entry.name} is a setting of {section}.kind {owners}, and {section}.kind is "
                     f"{kind} ({settings[name].origin}). {out}, or set {section}.kind {owners}; the keys of "
-                    f"{kind} are {', '.join(sorted(known[str(kind)] - {'kind'}))}."
+                    f"{kind} are {', '.join(sorted(known[kind] - {'kind'}))}."
                 )
     return settings
 

@@ -139,6 +139,10 @@ class GPT2Config(LanguageModelShape):
 
 #: Tokens of a sample that Mamba's scan takes on a GPU: its kernel counts steps, and chunks of them, in 32 bits.
 SCAN_MAX_LENGTH = 2**30
+#: States a channel that the scan's GPU kernel takes, and taps that the convolution's takes.
+SCAN_MAX_STATES, CONV_MAX_TAPS = 64, 4
+#: Compute capability that the scan's kernel needs.
+SCAN_CAPABILITY = (8, 0)
 
 
 class MambaConfig(LanguageModelShape):

@@ -8,6 +8,9 @@ they count micro-batches, and all ranks have seen equally many.
 
 A step that is skipped leaves the statistics as they were: what is not finite in one batch would stay in them for good.
 
+A buffer that is no statistic but a constant, which the forward pass wants in the compute dtype, is held twice: in fp32
+as all are, for checkpoints, and rounded in the model (`models.timm_buffers`).
+
 With an average of the weights (``ema_decay``) the statistics are averaged alike, step by step with the same weight: an
 average that lags behind the weights needs statistics that lag with it. It is linear too, so that ranks average it late.
 """
@@ -22,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import TrainingFailed
+from ..models.timm_buffers import ROUNDED
 from ..types import Fragment, Reader, World
 from .flat_optimizer import average_weight
 
@@ -44,13 +48,19 @@ class Buffers:
     ) -> None:
         self.world, self.ema_decay = world, ema_decay
         self.tensors: dict[str, Tensor] = {}
+        #: (fp32 constant, the model's rounded copy of it).
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        rounded = vars(model).get(ROUNDED, ())
         for prefix, module in model.named_modules():
             for leaf, buffer in list(module._buffers.items()):
                 name = f"{prefix}.{leaf}".lstrip(".")
                 if buffer is not None and leaf not in module._non_persistent_buffers_set and name not in others:
                     kept = buffer.float() if buffer.is_floating_point() else buffer
-                    held = module._buffers[leaf] = kept.to(world.device)
-                    self.tensors[name] = held
+                    self.tensors[name] = held = kept.to(world.device)
+                    if name in rounded and buffer.is_floating_point() and buffer.dtype != torch.float32:
+                        self._copies.append((held, buffer))
+                    else:
+                        module._buffers[leaf] = held
         self._averaged = [tensor for tensor in self.tensors.values() if tensor.is_floating_point()]
         #: The average over steps of what `_flat` gives.
         self.ema = self._flat() if ema_decay is not None else None
@@ -140,6 +150,8 @@ class Buffers:
             if values is None:
                 raise TrainingFailed(f"Buffer {name} was asked for, and its source does not hold it.")
             tensor.copy_(values.view(tensor.shape))
+        for constant, copy in self._copies:
+            copy.copy_(constant)
         for name, average in self._averages().items():
             values = read(name, AVERAGE, 0, average.numel())
             average.copy_(self.tensors[name] if values is None else values.view(average.shape))

@@ -64,9 +64,20 @@ def keep_inputs_on_host(spec: ModelSpec[Any], model: nn.Module) -> None:
         vars(block)["input_offload"] = offload
 
 
+def allow_kinds(kinds: int) -> None:
+    """Let ``torch.compile`` make so many versions of one function, trained and evaluated: blocks of one class share
+    their code and may all have shapes of their own, and past the limit (8) they would run as written. Where blocks are
+    recomputed that ends the run: a version that was compiled is recomputed by code that was not."""
+    import torch._dynamo as dynamo
+
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(dynamo.config, name, max(getattr(dynamo.config, name), 8 + 2 * kinds))
+
+
 def compile_units(plan: Plan, spec: ModelSpec[Any], model: nn.Module) -> None:
     """``torch.compile`` each unit in place (names of parameters stay). Outside ``zero.Init``, which patches tensors."""
     if plan.compile:
+        allow_kinds(len(spec.blocks(model)))
         for unit in spec.compiled_units(model):
             unit.compile(mode=None if plan.compile_mode == "default" else plan.compile_mode, dynamic=False)
 

@@ -188,6 +188,7 @@ def _compile_forwards(plan: Plan, spec: ModelSpec[Any], model: nn.Module) -> dic
     if not plan.compile:
         return {}
     mode = None if plan.compile_mode == "default" else plan.compile_mode
+    common.allow_kinds(len(spec.blocks(model)))
     compiled = {
         unit: (unit.forward, torch.compile(unit.forward, mode=mode, dynamic=False))
         for unit in spec.compiled_units(model)

@@ -18,10 +18,11 @@ import functools
 import torch
 from torch import Tensor
 
+from ..config.models import CONV_MAX_TAPS
 from .triton_use import agrees, falls_back, use_triton
 
-#: What the Triton kernels take; the third dimension of a grid is the batch.
-MAX_TAPS, MAX_BATCH = 4, 65535
+#: Largest batch that the Triton kernels take: the third dimension of a grid.
+MAX_BATCH = 65535
 _COST = "PyTorch's operations take its place, several times slower, in fp32 copies of their inputs"
 
 
@@ -67,8 +68,12 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     if x.numel() == 0 or not use_triton(x):
         return False
     taps, batch = weight.shape[1], x.shape[0]
-    if taps > MAX_TAPS or batch > MAX_BATCH:
-        reason = f"takes up to {MAX_TAPS} taps, not {taps}" if taps > MAX_TAPS else f"takes up to {MAX_BATCH} samples"
+    if taps > CONV_MAX_TAPS or batch > MAX_BATCH:
+        reason = (
+            f"takes up to {CONV_MAX_TAPS} taps, not {taps}"
+            if taps > CONV_MAX_TAPS
+            else f"takes up to {MAX_BATCH} samples"
+        )
         falls_back("the short convolution", reason, _COST)
         return False
     return _kernels_agree(x.device, x.dtype, taps)

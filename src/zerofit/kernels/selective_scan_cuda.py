@@ -16,12 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config.models import SCAN_MAX_LENGTH
+from ..config.models import SCAN_CAPABILITY, SCAN_MAX_LENGTH, SCAN_MAX_STATES
 from . import nvrtc
 from .selective_scan_torch import STATE_INTERVAL
 
-#: States a channel that the kernels take; numbers between are padded up to a power of two.
-MAX_STATES = 64
 #: Largest batch: the second dimension of a grid.
 MAX_BATCH = 65535
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -176,8 +174,8 @@ def refuse(error: nvrtc.Unavailable) -> None:
 def _shape(dtype: torch.dtype, batch: int, length: int, d_state: int) -> str | None:
     if dtype not in _TYPES:
         return f"it takes fp32, bf16 and fp16, not {dtype}"
-    if not 1 <= d_state <= MAX_STATES:
-        return f"it takes d_state up to {MAX_STATES}, not {d_state}"
+    if not 1 <= d_state <= SCAN_MAX_STATES:
+        return f"it takes d_state up to {SCAN_MAX_STATES}, not {d_state}"
     if batch > MAX_BATCH:
         return f"it takes a batch up to {MAX_BATCH}, not {batch}"
     if length > SCAN_MAX_LENGTH:
@@ -187,7 +185,7 @@ def _shape(dtype: torch.dtype, batch: int, length: int, d_state: int) -> str | N
 
 @functools.cache
 def _machine(device: int) -> str | None:
-    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip or torch.cuda.get_device_capability(device) < SCAN_CAPABILITY:
         return f"it needs an NVIDIA GPU of compute capability 8.0 or more, not {torch.cuda.get_device_name(device)}"
     try:
         nvrtc.version()

@@ -1,7 +1,8 @@
 """Any image classifier of timm (https://github.com/huggingface/pytorch-image-models), with timm's names.
 
-The module is timm's own with three changes: its forward pass takes targets too, its batch norms are `batch_norm`'s, and
-its blocks can be recomputed. Its blocks are what its lists of modules hold, in the order in which they are called.
+The module is timm's own with four changes: its forward pass takes targets too, its batch norms are `batch_norm`'s, its
+rotary positions are fp32 under every precision (`timm_buffers`), and its blocks can be recomputed. Its blocks are what
+its lists of modules hold, in the order in which they are called.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from ..errors import ConfigError, MissingDependency
 from .base import named_unique_parameters
 from .batch_norm import batch_norm, recomputation_contexts
 from .classification import classification_sums
+from .timm_buffers import keep_exact
+from .timm_work import watch
 
 #: torchvision's operators that its own import looks for.
 _OPERATORS = ("nms", "qnms")
@@ -106,6 +109,12 @@ def create(config: TimmConfig, **more: Any) -> Any:
     try:
         return timm.create_model(config.name, **settings)
     except (TypeError, ValueError, AssertionError, RuntimeError) as reason:
+        dtype = torch.get_default_dtype()
+        if dtype is not torch.float32:  # it was built in fp32 before, when it was described
+            raise ConfigError(
+                f"model.name {config.name}: timm cannot build it in {str(dtype).removeprefix('torch.')} "
+                f"({type(reason).__name__}: {reason}), as precision bf16 and fp16 want it. Set precision fp32."
+            ) from reason
         raise ConfigError(
             f"model.name {config.name} with input_size {config.pixels}, drop_rate {config.drop_rate} and "
             f"drop_path_rate {config.drop_path_rate}: timm refuses ({type(reason).__name__}: {reason}). Pictures of "
@@ -147,15 +156,16 @@ def _normalised(module: Any, after: Sequence[nn.Module], sync: bool, x: Tensor) 
 
 
 def _recompute(block: nn.Module) -> None:
-    """Recompute the block's activations in the backward pass."""
-    inner = block.forward
+    """Recompute the block's activations in the backward pass. Around its call: what is compiled lies inside."""
+    kind = type(block)
 
-    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        inner = functools.partial(kind.__call__, self)
         if not torch.is_grad_enabled():
-            return inner(x, *args, **kwargs)
-        return checkpoint(inner, x, *args, use_reentrant=False, context_fn=recomputation_contexts, **kwargs)
+            return inner(*args, **kwargs)
+        return checkpoint(inner, *args, use_reentrant=False, context_fn=recomputation_contexts, **kwargs)
 
-    block.forward = forward
+    block.__class__ = type(f"Recomputed{kind.__name__}", (kind,), {"__call__": call})
 
 
 def blocks_in(model: nn.Module, prefix: str = "") -> Iterator[str]:
@@ -197,7 +207,9 @@ def describe(config: TimmConfig) -> dict[str, Any]:
 
     with torch.device("meta"):
         model = create(config)
-    blocks, sizes = _watched(model, list(blocks_in(model)) or list(parts_in(model)))
+    names_of_blocks = list(blocks_in(model)) or list(parts_in(model))
+    blocks, sizes = _watched(model, names_of_blocks)
+    counted = watch(model, names_of_blocks, samples=2)
     images = torch.zeros(2, 3, config.pixels, config.pixels, device="meta")
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -230,6 +242,7 @@ def describe(config: TimmConfig) -> dict[str, Any]:
         "saved_elements": sizes["all"] // 2,
         "largest_block_elements": sizes["largest"] // 2,
         "boundary_elements": sizes["boundaries"] // 2,
+        "work": counted(counter, called),
     }
 
 
@@ -315,6 +328,18 @@ def _created(config: TimmConfig) -> nn.Module:
     return model.to_empty(device="cpu")
 
 
+def _created_in_fp32(config: TimmConfig) -> nn.Module:
+    """On the CPU; whether values are made of parameters is the surrounding contexts' to say."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            model: nn.Module = create(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model
+
+
 class TimmSpec:
     """The recipe; see `zerofit.models.base.ModelSpec`."""
 
@@ -333,6 +358,7 @@ class TimmSpec:
                 f"planned or saved with ({differing[0][0]}, for one). Install the timm of then (environment.json of "
                 f"the run tells it)."
             )
+        keep_exact(model, lambda: _created_in_fp32(config))
         _with_our_batch_norms(model, config.sync_batchnorm)
         _with_targets(model, config)
         vars(model)["zerofit_checkpoint_every"] = checkpoint_every

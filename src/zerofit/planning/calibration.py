@@ -121,7 +121,11 @@ def rates(hardware: Hardware, precision: str) -> Rates | None:
     if measured is not None:
         found = _with_measured(found, measured, kind, hardware, precision)
     if hardware.gpus[0].assumed:
-        found = replace(found, source=f"assumed to be as fast as {kind.title}: {found.source}", error=0.5)
+        found = replace(
+            found,
+            source=f"assumed to be those of {kind.title}, {found.source.removesuffix(f' of {kind.title}')}",
+            error=0.5,
+        )
     tf32 = TF32_SHARE * MATRIX_SHARE * kind.half_flops if kind.capability >= (8, 0) and precision == "fp32" else 0.0
     return _between_nodes(replace(found, convolution_flops=max(found.matrix_flops, tf32)), hardware)
 

@@ -149,6 +149,8 @@ class Candidate:
     """Of its strategy: ``fastest``, ``least memory`` or ``largest batch``."""
     frozen: MemoryPrediction | None = None
     """Of the phase with a frozen backbone, where there is one; `memory` is that of the phase that needs more."""
+    frozen_step: StepPrediction | None = None
+    """A step of that phase, where it is known."""
     remedies: tuple[str, ...] = ()
     """For one that does not fit: the nearest changes that would."""
 
@@ -313,6 +315,7 @@ class Builder:
             checkpoint_bytes=checkpoint,
             disk_bytes=disk,
             frozen=frozen,
+            frozen_step=self.speed(plan.frozen_phase()) if frozen is not None else None,
         )
 
     def recorded(self, candidate: Candidate) -> Candidate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..config.models import GPT2Config
 from ..config.optimizers import why_not
 from ..config.schema import Config, Goal, Precision
 from ..errors import ConfigError, DoesNotFit, MissingDependency
@@ -21,7 +22,7 @@ from .candidates import (
     checkpointing_of,
     describe,
 )
-from .dimensions import dimension_notes
+from .dimensions import dimension_notes, fallback_warnings
 from .hardware import Hardware
 from .plan import Plan
 from .remedies import remedies
@@ -352,17 +353,29 @@ def _nearest_miss(candidates: Sequence[Candidate]) -> Candidate:
 
 def _reason(config: Config, chosen: Candidate, candidates: Sequence[Candidate]) -> str:
     """Two sentences with numbers: what was chosen and how it fits, and why not the next."""
-    name, peak, limit = describe(chosen.plan), format_bytes(chosen.peak_bytes), format_bytes(chosen.limit_bytes)
+    name, room = describe(chosen.plan), _room(chosen)
     if config.strategy != "auto":
-        return f"{name} was asked for. It needs about {peak} of the {limit} that one rank may use{_pace(chosen)}."
+        return f"{name} was asked for. It needs {room}"
     words = {
         "speed": "the fastest that fits" if chosen.step else "the least sharding that fits",
         "memory": "what needs the least GPU memory",
         "balanced": "the least memory within a tenth of the fastest",
         "largest-batch": "the largest micro-batch that fits",
     }
-    first = f"{name} is {words[config.goal]}: about {peak} of the {limit} that one rank may use{_pace(chosen)}."
-    return f"{first} {_why_not(chosen, candidates)}".rstrip()
+    return f"{name} is {words[config.goal]}: {room} {_why_not(chosen, candidates)}".rstrip()
+
+
+def _room(chosen: Candidate) -> str:
+    """What it needs of what it may use, and its speed; of one that is squeezed in, what that rests on."""
+    peak, limit, memory = format_bytes(chosen.peak_bytes), format_bytes(chosen.limit_bytes), chosen.memory
+    if not chosen.squeezed:
+        return f"about {peak} of the {limit} that one rank may use{_pace(chosen)}."
+    reserve_bytes = memory.reserved_bytes - memory.allocated_bytes
+    return (
+        f"about {format_bytes(chosen.peak_bytes - reserve_bytes)} of the {limit} that one rank may use{_pace(chosen)}. "
+        f"It is tight: with the {format_bytes(reserve_bytes)} that PyTorch's allocator holds in reserve it would be "
+        f"{peak}, and it fits because a full GPU makes PyTorch give that back; steps may then take much longer."
+    )
 
 
 def _pace(candidate: Candidate) -> str:
@@ -407,6 +420,8 @@ def _warnings(config: Config, hardware: Hardware, chosen: Candidate) -> list[str
             f"{format_bytes(chosen.disk_bytes)} kept at once, {format_bytes(free)} free. Lower "
             f"keep_checkpoints; saving pauses while the disk is full."
         )
+    if chosen.plan.device == "cuda":
+        found += fallback_warnings(config.model, hardware.gpus[0].capability, chosen.plan.micro_batch)
     if chosen.plan.device == "cuda" and hardware.gpus[0].capability < (7, 5):
         found.append(f"{hardware.gpus[0].name} {hardware.gpus[0].software}.")
     return found
@@ -425,10 +440,13 @@ def nothing_fits(candidates: Sequence[Candidate]) -> str:
     ways = [
         f"{describe(c.plan)} {', or '.join(c.remedies[:2])}" for c in sorted(asked, key=_shortfall)[:3] if c.remedies
     ]
-    others = [c for c in candidates if not c.asked and c.fits]
-    images = nearest.plan.model.items == "images"
-    shorter = "a smaller data.image_size" if images else "a shorter model.block_size"
-    ways += [f"strategy {c.plan.strategy}, offload {c.plan.offload} fits as it is" for c in others[:1]]
+    other = _best([c for c in candidates if not c.asked and c.fits], "speed")
+    if other is not None:
+        tightly = " tightly" if other.squeezed else ""
+        ways.append(f"strategy {other.plan.strategy}, offload {other.plan.offload} fits{tightly} as it is")
+    model = nearest.plan.model
+    length = "block_size" if isinstance(model, GPT2Config) else "max_seq_length"
+    shorter = "a smaller data.image_size" if model.items == "images" else f"a shorter model.{length}"
     return (
         f"No strategy fits (each at its smallest: the nearest is {describe(nearest.plan)} at micro-batch "
         f"{nearest.plan.micro_batch}, activation checkpointing {recomputed}): {needs}. Ways to make it fit: "

@@ -1,4 +1,4 @@
-"""Sizes that tensor cores do not like, and what to do about them. Pure.
+"""Sizes that tensor cores or zerofit's kernels do not like, and what to do about them. Pure.
 
 Rules: a matrix product in half precision is fastest where its sizes are multiples of 64 elements (128 bytes), and falls
 off tensor cores' full rate below multiples of 8 (16 bytes) (NVIDIA, Matrix Multiplication Background User's Guide,
@@ -10,8 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..config.models import GPT2Config, LanguageModelShape, ModelConfig
+from ..config.models import (
+    CONV_MAX_TAPS,
+    SCAN_CAPABILITY,
+    SCAN_MAX_STATES,
+    GPT2Config,
+    LanguageModelShape,
+    MambaConfig,
+    ModelConfig,
+)
 from ..config.schema import Precision
+from .sizes import format_bytes
 
 #: Elements of 128 bytes in half precision; what tensor cores need at least; the largest head of fused attention.
 TILE, LEAST, LARGEST_HEAD = 64, 8, 256
@@ -22,6 +31,42 @@ def dimension_notes(model: ModelConfig, precision: Precision, device: str) -> tu
     if device != "cuda" or precision == "fp32" or not isinstance(model, LanguageModelShape):
         return ()
     return (*_vocabulary(model), *_width(model), *_heads(model))
+
+
+#: Tensors of 64 steps x samples x inner channels x states in fp32 that the scan's PyTorch path holds at once (counted),
+#: and those steps.
+_PYTORCH_SCAN_TENSORS, _PYTORCH_SCAN_STEPS = 6, 64
+
+
+def fallback_warnings(model: ModelConfig, capability: tuple[int, int], micro_batch: int) -> tuple[str, ...]:
+    """What of a Mamba no kernel takes on such a GPU, so that PyTorch computes it; with the cost, which the plan's time
+    and memory leave out."""
+    if not isinstance(model, MambaConfig):
+        return ()
+    found = []
+    slow = _no_scan_kernel(model, capability)
+    if slow:
+        block_bytes = 4 * _PYTORCH_SCAN_STEPS * micro_batch * model.d_inner * model.d_state
+        found.append(
+            f"the selective scan runs in PyTorch, because its kernel {slow}: it takes 10 to 50 times as long and about "
+            f"{format_bytes(_PYTORCH_SCAN_TENSORS * block_bytes)} more memory while it works. The time and memory "
+            f"above are the kernel's."
+        )
+    if model.d_conv > CONV_MAX_TAPS:
+        found.append(
+            f"the short convolution runs in PyTorch, because its kernel takes d_conv up to {CONV_MAX_TAPS}, not "
+            f"{model.d_conv}: it takes several times as long, in fp32 copies. The time above is the kernel's."
+        )
+    return tuple(found)
+
+
+def _no_scan_kernel(model: MambaConfig, capability: tuple[int, int]) -> str:
+    if capability < SCAN_CAPABILITY:
+        needed, there = (".".join(map(str, version)) for version in (SCAN_CAPABILITY, capability))
+        return f"needs a GPU of compute capability {needed}, and this one has {there}"
+    if model.d_state > SCAN_MAX_STATES:
+        return f"takes d_state up to {SCAN_MAX_STATES}, not {model.d_state}"
+    return ""
 
 
 def _vocabulary(model: LanguageModelShape) -> Iterator[str]:

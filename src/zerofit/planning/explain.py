@@ -18,7 +18,7 @@ from .choose import Choice
 from .hardware import Hardware
 from .recipes import MOST_SAMPLES, Recipe
 from .sizes import format_bytes, format_seconds
-from .speed import FORMULAS
+from .speed import FORMULAS, why_not_predicted
 
 #: Columns that say something on GPUs only, and those that a terminal narrower than `WIDE` has no room for.
 GPU_COLUMNS = ("host", "step", "tokens/s", "MFU")
@@ -31,7 +31,7 @@ BAR_WIDTH = 40
 #: Items of the memory bar, by the letter that fills it.
 _BAR = (
     ("p", "parameters", ("parameters", "gathered")),
-    ("o", "optimizer states", ("master", "moments", "ema")),
+    ("o", "optimizer states", ("master", "moments", "ema", "decoded states")),
     ("g", "gradients and buckets", ("gradients", "buckets")),
     ("a", "activations and logits", ("activations", "logits")),
     ("c", "context and NCCL", ("context",)),
@@ -71,10 +71,11 @@ def print_heading(console: Console, choice: Choice) -> None:
         f"Plan for {plan.model.kind} with {plan.parameters:,} parameters, {plan.precision}, on "
         f"{describe_hardware(choice.hardware, plan.world_size, plan.device)}:",
     )
-    if choice.rates is not None:
-        _say(console, f"Speeds from {choice.rates.source}; expect them within {choice.rates.error:.0%}.")
-    elif plan.device == "cuda":
-        _say(console, "Speeds are not predicted: this GPU's rates are not known (`zerofit plan --calibrate`).")
+    if choice.rates is not None and why_not_predicted(plan, choice.rates) is None:
+        counted = " A timm model's are counted, and none was measured." if plan.model.kind == "timm" else ""
+        _say(console, f"Speeds: {choice.rates.source}; expect them within {choice.rates.error:.0%}.{counted}")
+    if reason := why_not_predicted(plan, choice.rates):
+        _say(console, f"Speeds are not predicted: {reason}.")
 
 
 def describe_hardware(hardware: Hardware, ranks: int, device: str) -> str:
@@ -86,7 +87,9 @@ def describe_hardware(hardware: Hardware, ranks: int, device: str) -> str:
     linked = f", {'NVLink' if hardware.link == 'nvlink' else 'PCIe'}" if len(hardware.gpus) > 1 else ""
     network = hardware.network_bytes_per_second
     between = f", {network * 8 / 1e9:.0f} Gbit/s between nodes" if network else ""
-    return f"{ranks} x {gpu.name} ({format_bytes(gpu.memory_bytes)}){nodes}{linked}{between}"
+    # A card that is known by its memory alone has it in its name.
+    size = "" if gpu.assumed else f" ({format_bytes(gpu.memory_bytes)})"
+    return f"{ranks} x {gpu.name}{size}{nodes}{linked}{between}"
 
 
 def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Candidate) -> None:
@@ -105,7 +108,7 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
         f"Batch: {choice.split.equation()}; {items}, {length}.",
     )
     if chosen.frozen is not None:
-        _say(console, describe_frozen(chosen))
+        _say(console, describe_frozen(chosen, why_not_predicted(chosen.plan.frozen_phase(), choice.rates)))
     for line in describe_stages(config):
         _say(console, line)
     if isinstance(config.data, DataConfig) and config.data.sources and not config.stages:
@@ -118,16 +121,25 @@ def _print_chosen(console: Console, config: Config, choice: Choice, chosen: Cand
         )
 
 
-def describe_frozen(candidate: Candidate) -> str:
-    """What a frozen phase trains and needs, in a sentence."""
+def describe_frozen(candidate: Candidate, unpredicted: str | None) -> str:
+    """What a frozen phase trains, needs and takes, in two sentences.
+
+    Args:
+        unpredicted: why its steps' time is not predicted.
+    """
     plan, frozen = candidate.plan, candidate.frozen
     assert frozen is not None
     phase, epochs = plan.frozen_phase(), getattr(plan.model, "freeze_epochs", 0)
     larger = "" if candidate.memory is frozen else ", less than the whole network after it"
+    step = candidate.frozen_step
+    pace = f" Its steps are not predicted: {unpredicted}." if unpredicted else ""
+    if step is not None:
+        rate = f"{step.tokens_per_second:,.0f} {plan.model.items}/s"
+        pace = f" One of its steps takes about {format_seconds(step.step_seconds)}, {rate}."
     return (
         f"Frozen backbone for the first {'epoch' if epochs == 1 else f'{epochs} epochs'}: the head alone "
         f"({phase.parameters:,} of {plan.parameters:,} parameters) trains, as {describe(phase)}; that phase's peak is "
-        f"{format_bytes(frozen.driver_bytes)}{larger}. Its steps are shorter; their time is not predicted."
+        f"{format_bytes(frozen.driver_bytes)}{larger}.{pace}"
     )
 
 
@@ -141,6 +153,7 @@ def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool)
     table = Table(
         caption=f"Estimated bytes of one rank at its peak; it may use {format_bytes(first.limit_bytes)} "
         f"({first.share:.0%} of what is free). In brackets: not asked for, shown for comparison.",
+        caption_justify="left",
         header_style="bold",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -152,6 +165,7 @@ def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool)
         heading = name.replace("tokens", choice.candidates[0].plan.model.items)
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
+    short = " offload, all" if wide else ", all"
     for candidate in shown:
         chosen, fits = (
             candidate is choice.chosen,
@@ -160,7 +174,7 @@ def candidate_table(choice: Choice, shown: tuple[Candidate, ...], *, wide: bool)
         columns = _columns(candidate)
         table.add_row(
             # The whole name stands in the bars and sentences; here it would push columns off a terminal.
-            ("> " if chosen else "  ") + describe(candidate.plan).replace("offload + parameters", "offload, all"),
+            ("> " if chosen else "  ") + describe(candidate.plan).replace(" offload + parameters", short),
             *(columns[name] for name in names),
             fits if candidate.asked else f"({fits})",
             style="bold" if chosen else None if candidate.asked else "dim",
@@ -332,7 +346,7 @@ def frozen_json(candidate: Candidate) -> dict[str, Any] | None:
     """The phase with a frozen backbone; None where there is none."""
     if candidate.frozen is None:
         return None
-    phase = candidate.plan.frozen_phase()
+    phase, step = candidate.plan.frozen_phase(), candidate.frozen_step
     return {
         "trained_parameters": phase.parameters,
         "strategy": phase.strategy,
@@ -340,6 +354,9 @@ def frozen_json(candidate: Candidate) -> dict[str, Any] | None:
         "gpu_driver_bytes": candidate.frozen.driver_bytes,
         "gpu_items": candidate.frozen.items,
         "memory_basis": candidate.frozen.basis,
+        "step_seconds": step.step_seconds if step else None,
+        "step_parts": step.parts if step else None,
+        f"{phase.model.items}_per_second": step.tokens_per_second if step else None,
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 
 from . import store
@@ -20,6 +21,7 @@ from .memory_replicated import ReplicatedModel, replicated_state_bytes
 from .memory_zero2 import Zero2Model
 from .memory_zero3 import Zero3Model
 from .plan import Plan, input_bytes
+from .saving import decodes, play_save
 from .template import ModuleEvent, StepEvent, compose
 from .timeline import EngineModel, Ledger, parameter_elements, simulate
 from .zero_memory import pinned_bytes, swapped_bytes, zero_state_bytes
@@ -71,7 +73,7 @@ class MemoryPrediction:
 
     Attributes:
         items: bytes on the GPU at the peak, by item; their sum is `allocated_bytes`.
-        peak_phase: when that is: ``init``, ``forward``, ``backward`` or ``step``.
+        peak_phase: when that is: ``init``, ``forward``, ``backward``, ``step``, or ``save`` with low-bit states.
         phases: phase -> items at that phase's own peak.
         allocated_bytes: what PyTorch's allocator has handed out at the peak.
         reserved_bytes: what PyTorch's allocator holds, splits and rounding included.
@@ -182,8 +184,6 @@ def _micro_step(plan: Plan) -> tuple[list[StepEvent], list[int]]:
     """The events of one micro-step, and the bytes of each input."""
     every, depth = plan.activation_checkpointing_every, plan.model.depth
     if not plan.model.blocks_alike:
-        if plan.compile and plan.strategy == "fsdp2" and not every:
-            raise ValueError("compiled as a whole, which FSDP2 cuts at its blocks")
         whole = store.template(plan, recompute=every > 0)
         inputs = [slope * plan.micro_batch + offset for slope, offset in whole.inputs]
         return list(compose(whole, None, depth, 0, plan.micro_batch)), inputs
@@ -211,7 +211,8 @@ def _play(
         ledger.alloc("average of buffers", average, "buffers")
     for item, size in frozen_bytes(plan).items():
         (host if item.startswith("host_") else ledger).alloc(item, size, item)
-    simulate(plan, ledger, engine_model(plan, ledger, host, events, room_bytes), events, inputs, workspace)
+    save = partial(play_save, plan, ledger) if decodes(plan) else None
+    simulate(plan, ledger, engine_model(plan, ledger, host, events, room_bytes), events, inputs, workspace, save)
     return ledger, host
 
 

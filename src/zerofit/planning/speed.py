@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config.image_models import ResNetConfig
+from ..config.image_models import ResNetConfig, TimmConfig
 from . import speed_images as images
 from .calibration import Rates
 from .optimizer_states import BLOCK, MEANS, gathers_gradients, planned_groups
@@ -89,8 +89,11 @@ FORMULAS = (
      "parameters back hP/N; with parameters offloaded, hP/N in for each pass", "measured on H200: 51 and 37 GB/s, "
      "84 GB/s a node for AdamW"),
     ("convolutions", "FLOPs of all convolutions x samples over 0.5 x matrix rate (fp32 in TF32 where there is some), "
-     "twice that backward; 6.2 elements moved for each of an output (4.65 compiled) over bandwidth",
-     "set to two measurements of ResNet-18 on one H200; not a fit over a range"),
+     "twice that backward; 6.2 elements moved for each of an output (4.65 compiled) over bandwidth; of timm's models a "
+     "third of that for each element that a layer returns, linear layers and attention as above",
+     "set to two measurements of ResNet-18 on one H200; not a fit over a range; no model of timm was measured"),
+    ("frozen backbone", "the forward pass, the gradient of the head's weights, a third of launching",
+     "counted; not measured"),
 )  # fmt: skip
 
 
@@ -117,28 +120,56 @@ class StepPrediction:
 
 
 def predict_step(plan: Plan, found: Rates | None) -> StepPrediction | None:
-    """A step's time; None when the device's rates or the model's work are not known."""
+    """A step's time (of a frozen phase, one of its own); None where `why_not_predicted` says why."""
     if found is None or plan.device != "cuda":
         return None
     work, model = work_of(plan.model), plan.model
-    if isinstance(model, ResNetConfig):
-        modules = 2 * len(model.convolutions()) + 1
-        launch = images.launch_seconds(plan, model) + _hook_seconds(plan, len(model.parameter_shapes()), modules, 0.0)
-        parts = _parts(plan, images.gpu_seconds(plan, model, found), launch, found)
+    if isinstance(model, ResNetConfig | TimmConfig):
+        micro_step = images.gpu_seconds(plan, model, found, _product_rates(found), ATTENTION_BACKWARD)
+        if micro_step is None:
+            return None
+        trained = plan.trained_shapes()
+        modules = len({name.rpartition(".")[0] for name in trained})
+        launch = images.launch_seconds(plan, model, KERNEL_SECONDS, COMPILED_BLOCK_SECONDS)
+        parts = _parts(plan, micro_step, launch + _hook_seconds(plan, len(trained), modules, 0.0), found)
     elif work is not None:
         parts = _parts(plan, _gpu_seconds(plan, work, found), _launch_seconds(plan, work), found)
     else:
         return None
     seconds = sum(parts.values())
     items_per_second = plan.global_batch * model.items_per_sample / seconds
+    flops = model.flops_per_item() / (3 if plan.frozen else 1)  # of a frozen backbone the forward pass alone
     return StepPrediction(
         parts=parts,
         step_seconds=seconds,
         tokens_per_second=items_per_second,
-        mfu=items_per_second * model.flops_per_item() / (found.peak_flops * plan.world_size),
+        mfu=items_per_second * flops / (found.peak_flops * plan.world_size),
         error=found.error,
         source=found.source,
     )
+
+
+def why_not_predicted(plan: Plan, found: Rates | None) -> str | None:
+    """Why `predict_step` gives nothing, in a clause; None where it does, and without a GPU, where nobody expects it."""
+    if plan.device != "cuda":
+        return None
+    if found is None:
+        return "this GPU's rates are not known (`zerofit plan --calibrate`)"
+    if isinstance(plan.model, TimmConfig):
+        return "what this model computes was not counted when it was described" if plan.model.work is None else None
+    known = isinstance(plan.model, ResNetConfig) or work_of(plan.model) is not None
+    return None if known else f"what a model of kind {plan.model.kind} computes is not counted"
+
+
+def _product_rates(found: Rates) -> images.ProductRates:
+    """Of products of matrices by width and rows, and of attention, in FLOP/s; see `_gpu_seconds`."""
+    fill = min(1.0, found.matrix_flops / REFERENCE_FLOPS)
+
+    def rates(width: float, rows: float) -> tuple[float, float]:
+        shares = width / (width + HALF_WIDTH * fill) * rows / (rows + HALF_TOKENS * fill)
+        return found.matrix_flops * PRODUCT_SHARE * shares, found.matrix_flops * ATTENTION_SHARE
+
+    return rates
 
 
 def _parts(plan: Plan, micro_step: tuple[float, float, float], launch: float, found: Rates) -> dict[str, float]:
@@ -168,10 +199,8 @@ def _gpu_seconds(plan: Plan, work: Work, found: Rates) -> tuple[float, float, fl
     """Forward, backward and recomputation of one micro-step on the GPU, without launching and without communication."""
     tokens = plan.micro_batch * work.sample_tokens
     h, mode = 2 if plan.mixed else 4, "compiled" if plan.compile else "eager"
-    fill = min(1.0, found.matrix_flops / REFERENCE_FLOPS)
-    width_share, token_share = work.width / (work.width + HALF_WIDTH * fill), tokens / (tokens + HALF_TOKENS * fill)
-    product = found.matrix_flops * PRODUCT_SHARE * width_share * token_share
-    attention = work.attention_flops / (found.matrix_flops * ATTENTION_SHARE)
+    product, attention_rate = _product_rates(found)(work.width, tokens)
+    attention = work.attention_flops / attention_rate
     traffic = work.block_traffic * h / found.bandwidth * (1.0 if plan.compile else EAGER_TRAFFIC)
     logits = work.logits * LOGIT_BYTES[mode] / found.bandwidth
     scan = work.scan_elements * REFERENCE_FLOPS / found.matrix_flops

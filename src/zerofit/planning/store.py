@@ -30,7 +30,7 @@ SHIPPED = Path(__file__).with_name("traces")
 TRACED_DEPTH = 4
 #: Templates of this process, by key.
 _LOADED: dict[str, Template] = {}
-_TRACERS = ("template.py", "trace.py", "trace_compiled.py")
+_TRACERS = ("template.py", "trace.py", "trace_between.py", "trace_compiled.py")
 #: Architecture -> files beside its own whose operators decide what its trace says.
 _MORE_SOURCES = {
     "mamba": (
@@ -39,7 +39,7 @@ _MORE_SOURCES = {
         "../kernels/head_loss.py",
     ),
     "resnet": ("batch_norm.py",),
-    "timm": ("batch_norm.py", "classification.py"),
+    "timm": ("batch_norm.py", "classification.py", "timm_buffers.py"),
 }
 #: Architectures whose loss waits for the backward pass in fp16 (`kernels.head_loss`).
 _FP16_DIFFERS = ("mamba",)
@@ -59,6 +59,7 @@ class TraceKey:
         every: every n-th block is recomputed, where blocks differ and are all traced (`ModelShape.blocks_alike`).
         frozen: with the head alone trained.
         fp16: with fp16's own order of events, see `_FP16_DIFFERS`.
+        between: cut at its blocks where it is compiled as a whole: FSDP2, see `trace_between`.
     """
 
     model: Mapping[str, Any]
@@ -70,15 +71,15 @@ class TraceKey:
     every: int = 1
     frozen: bool = False
     fp16: bool = False
+    between: bool = False
 
     @property
     def text(self) -> str:
         """Hexadecimal; the same for the same model source."""
         data = {**asdict(self), "format": FORMAT, "source": _sources(self.model["kind"])}
-        if not self.frozen:
-            del data["frozen"]
-        if not self.fp16:
-            del data["fp16"]
+        for field in ("frozen", "fp16", "between"):
+            if not data[field]:
+                del data[field]
         return _hash(json.dumps(data, sort_keys=True))
 
 
@@ -96,6 +97,7 @@ def trace_key(plan: Plan, *, recompute: bool) -> TraceKey:
         every=plan.activation_checkpointing_every if recompute and not plan.model.blocks_alike else 1,
         frozen=plan.frozen,
         fp16=plan.precision == "fp16" and plan.model.kind in _FP16_DIFFERS,
+        between=plan.compile and plan.strategy == "fsdp2" and not recompute and not plan.model.blocks_alike,
     )
 
 
@@ -133,6 +135,7 @@ def trace_now(plan: Plan, key: TraceKey) -> Template:
         offloaded=key.offloaded,
         every=key.every,
         trained=plan.trained_shapes() if key.frozen else None,
+        between=key.between,
     )
 
 

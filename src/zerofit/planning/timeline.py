@@ -7,16 +7,16 @@ engine allocates and frees at each moment; `simulate` plays a composed micro-ste
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, Protocol
 
 from .plan import Plan
 from .template import Alloc, Backward, BlockEvent, Free, Gradient, ModuleEvent, StepEvent
 
-#: CUDA streams with memory pools of their own: computing, reducing gradients, gathering parameters. What a CUDA graph
-#: records has its own pool too.
-MAIN, REDUCE, GATHER, RECORDED = 0, 1, 2, 3
+#: CUDA streams with memory pools of their own: computing, reducing gradients, gathering parameters, copying what is
+#: saved. What a CUDA graph records has its own pool too.
+MAIN, REDUCE, GATHER, RECORDED, SAVE = 0, 1, 2, 3, 4
 #: Micro-steps of a longer window that are played: the first, one in the middle, the last.
 PLAYED_MICRO_STEPS = 3
 #: From the second step on every step repeats the one before.
@@ -135,8 +135,9 @@ def simulate(
     events: Sequence[StepEvent],
     inputs: Sequence[int],
     workspace_bytes: int = 0,
+    save: Callable[[], None] | None = None,
 ) -> None:
-    """Play initialisation and `PLAYED_STEPS` steps.
+    """Play initialisation and `PLAYED_STEPS` steps, with a save after the first.
 
     Args:
         plan: accumulation.
@@ -148,6 +149,7 @@ def simulate(
             one from the first product of a backward pass on, which runs in a thread of its own. Where in the sequence
             it comes matters: it splits a block of the loss and stays there (seen in the allocator's history on H200s).
             With compiled units both are there from the start: what was measured fits that.
+        save: plays a save that allocates; None: it allocates nothing.
     """
     ledger.begin("init")
     engine.init()
@@ -158,7 +160,9 @@ def simulate(
     if workspace_bytes and plan.compile:
         ledger.alloc(("workspace", "backward"), workspace_bytes, "workspaces")
     micro_steps = min(plan.accumulation_steps, PLAYED_MICRO_STEPS)
-    for _ in range(PLAYED_STEPS):
+    for number in range(PLAYED_STEPS):
+        if number == 1 and save is not None:
+            save()
         for index in range(micro_steps):
             if first_product is None:
                 _micro_step(ledger, engine, events, inputs, index, index == micro_steps - 1)

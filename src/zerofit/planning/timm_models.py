@@ -8,6 +8,9 @@ from typing import Any
 from ..config.image_models import TimmConfig
 from .store import remembered
 
+#: Any change of what a description holds.
+FORMAT = 2
+
 
 def described(model: TimmConfig) -> TimmConfig:
     """The model with its parameters, blocks and work; its classes and its pictures' size are known.
@@ -23,7 +26,7 @@ def described(model: TimmConfig) -> TimmConfig:
         return describe(model)
 
     asked = model.model_dump(mode="json", exclude={"architecture", "weights_from", "pretrained", "freeze_epochs"})
-    return model.model_copy(update={"architecture": remembered("timm", [asked, _version()], make)})
+    return model.model_copy(update={"architecture": remembered("timm", [asked, _version(), FORMAT], make)})
 
 
 def _version() -> str:

@@ -32,6 +32,7 @@ from ..models.base import ModelSpec
 from ..models.freezing import freeze
 from ..models.offload import TracedOffload
 from .template import BACKWARD, FORWARD, Event, Template, name_of
+from .trace_between import stand_in_between
 from .trace_compiled import stand_in
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,6 +61,7 @@ def trace_template(
     offloaded: bool = False,
     every: int = 1,
     trained: Collection[str] | None = None,
+    between: bool = False,
 ) -> Template:
     """Trace one kind of blocks.
 
@@ -72,6 +74,7 @@ def trace_template(
         device: ``cuda`` or ``cpu``, whose kernels the trace follows.
         offloaded: with the blocks' inputs in host memory.
         trained: names of the parameters that are trained while the others are frozen (`models.freezing`); None: all.
+        between: a model that is compiled as a whole is cut at its blocks, as under FSDP2 (`trace_between`).
 
     Raises:
         TraceError: sizes are not linear in the batch, or the middle blocks differ.
@@ -87,6 +90,7 @@ def trace_template(
         recomputation=recompute or "full",
         offloaded=offloaded,
         trained=trained,
+        between=between,
     )
     failure = None
     for samples in SAMPLES:
@@ -120,12 +124,15 @@ def direct_events(
     compiled: bool,
     recomputation: Recomputation = "full",
     offloaded: bool = False,
+    between: bool = False,
 ) -> tuple[int, int, int]:
     """Trace the whole model at one size: (bytes saved at the end of forward, forward peak, backward peak).
 
     What composing templates must equal; for tests. Parameter gradients are freed as they are finished.
     """
-    record = _Recording(spec, config, DTYPES[precision], every, samples, device, compiled, recomputation, offloaded)
+    record = _Recording(
+        spec, config, DTYPES[precision], every, samples, device, compiled, recomputation, offloaded, between=between
+    )
     live = peak = saved = forward_peak = 0
     sizes: dict[int, int] = {}
     for event in record.events:
@@ -300,6 +307,7 @@ class _Recording:
         recomputation: Recomputation = "full",
         offloaded: bool = False,
         trained: Collection[str] | None = None,
+        between: bool = False,
     ) -> None:
         self.mode = _Storages(device == "cuda")
         self.events = self.mode.events
@@ -320,9 +328,12 @@ class _Recording:
                 self.mode.ignore(tensor)
             units = spec.compiled_units(model) if compiled else []
             # Of a model that is compiled as a whole no block begins or ends: all of it lies around the blocks.
-            self.whole = any(unit is model for unit in units)
+            cut = between and any(unit is model for unit in units)
+            self.whole = any(unit is model for unit in units) and not cut
             self._hook(model)
-            if compiled:
+            if cut:
+                stand_in_between(model, self.blocks, self._kernel_bytes, self.mode.unrecorded)
+            elif compiled:
                 stand_in(units, self._kernel_bytes, self.mode.unrecorded)
             else:
                 self._hook_modules(model)

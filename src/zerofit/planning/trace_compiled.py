@@ -73,13 +73,14 @@ def _caller(unit: nn.Module, compiled: dict[Any, Any], gpu_extra: Any, unrecorde
         key = (type(unit), what, tuple((name, tuple(t.shape)) for name, t in held.items()), tuple(shapes))
         function = compiled.setdefault(key, original)
         with unrecorded():  # the graphs keep what they were traced with
-            function(held, *tree_map(_like, args), **tree_map(_like, kwargs))
+            function(held, *tree_map(like, args), **tree_map(like, kwargs))
         return function(held, *args, **kwargs)
 
     return forward
 
 
-def _like(argument: Any) -> Any:
+def like(argument: Any) -> Any:
+    """A tensor of its own with the argument's shape and layout; anything else as it is."""
     if not isinstance(argument, Tensor):
         return argument
     return torch.empty_like(argument).requires_grad_(argument.requires_grad)
@@ -93,8 +94,13 @@ def _compiled(unit: nn.Module, gpu_extra: Callable[[Any, Any], int]) -> Any:
         with _reparametrize_module(unit, held):
             return original(*args, **kwargs)
 
+    return in_graphs(functional, gpu_extra)
+
+
+def in_graphs(function: Callable[..., Any], gpu_extra: Callable[[Any, Any], int]) -> Any:
+    """The function with its forward and backward graph played."""
     return aot_function(
-        functional,
+        function,
         fw_compiler=lambda graph, inputs: _Player(graph, gpu_extra, backward=False).boxed(),
         bw_compiler=lambda graph, inputs: _Player(graph, gpu_extra, backward=True).boxed(),
         partition_fn=lambda *args, **kwargs: min_cut_rematerialization_partition(

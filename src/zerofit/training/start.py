@@ -378,6 +378,7 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
             _say(console, f"Step {manifest.step} of {config.max_steps} is done; raise --max-steps to train on.")
         return Start("resume", found.folder)
     if start.checkpoint is not None:
+        from ..checkpoint.foreign import Foreign
         from ..checkpoint.initial import open_initial
         from ..checkpoint.source import open_source
 
@@ -390,8 +391,11 @@ def _checked_start(folder: Path, request: Request, config: Config, plan: Plan, c
                 f"{source.folder} is of step {source.step}, and max_steps {config.max_steps} leaves nothing to train. "
                 f"Raise --max-steps, or take the weights alone with --weights-only."
             )
-        for note in source.notes if start.how == "load" else ():
-            _say(console, note)
+        if start.how == "load":
+            kind = f" ({source.what})" if isinstance(source, Foreign) else ""
+            _say(console, f"Starts from {source.folder}{kind}.")
+            for note in source.notes:
+                _say(console, note)
         if start.how == "weights":
             _say(console, f"Weights from {start.checkpoint}, with a fresh optimizer.")
             _warn_of_another_vocabulary(config, console)

@@ -37,8 +37,11 @@ def read_huggingface_folder(folder: Path) -> Contents:
     Raises:
         CheckpointError: a file is missing, or an index names one outside the folder.
     """
-    contents = Contents("Hugging Face folder", folder)
-    contents.descriptions.append(read_config(folder))
+    config = read_config(folder)
+    # mamba_ssm's files lie under the same names; its config.json names no model_type.
+    theirs = "ssm_cfg" in config and "model_type" not in config
+    contents = Contents("state-spaces folder" if theirs else "Hugging Face folder", folder)
+    contents.descriptions.append(config)
     for file in _files(folder):
         sources = safetensors_sources(file) if file.suffix == ".safetensors" else _torch_sources(file)
         twice = sources.keys() & contents.tensors[PARAMETER].keys()

@@ -69,6 +69,12 @@ class MambaNames:
 
     def told(self, shape: Mapping[str, Any], shapes: Shapes) -> ModelConfig | None:
         """From either description, or from the parameters' shapes alone, which tell everything but the length."""
+        if shape.get("model_type", "mamba") != "mamba":
+            raise CheckpointError(
+                f"The checkpoint's config.json says model_type {shape['model_type']!r}; zerofit's Mamba is 'mamba', "
+                f"Mamba-1. A model of another type computes something else with parameters of the same names "
+                f"(falcon_mamba has norms inside its blocks, mamba2 other blocks). There is no conversion for it."
+            )
         wanted = _own(shape) or _state_spaces(shape) or _huggingface(shape) or {}
         if wanted:
             _check_settings(shape)
