@@ -262,6 +262,17 @@ def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in found if event["kind"] == kind]
 
 
+def test_checking_memory_counts_the_steps_of_epochs(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**json.loads((trained / "small.json").read_text()), "strategy": "single", "num_gpus": 1}
+    del config["max_steps"]
+    (trained / "epochs.json").write_text(json.dumps({**config, "duration": "2ep"}))
+    capsys.readouterr()
+    assert run_verb(monkeypatch, "train", str(trained / "epochs.json"), "--check-memory") == 0
+    assert " 7 steps" in capsys.readouterr().out  # 27 pictures an epoch, 8 a step
+
+
 def test_a_run_leaves_accuracy_classes_history_and_checkpoints(trained: Path) -> None:
     run = trained / "runs" / "small"
     steps, evaluations = events_of(run, "step"), events_of(run, "eval")

@@ -24,7 +24,7 @@ from ..planning.hardware import probe
 from ..planning.plan import Plan
 from ..planning.sizes import format_bytes, format_seconds
 from ..planning.translation import print_translation
-from .plan import with_vocabulary
+from .plan import with_steps, with_vocabulary
 
 #: Five steps of a large model under offload, and the start of its processes.
 TIME_LIMIT_SECONDS = 900.0
@@ -49,7 +49,7 @@ def run_check_memory(arguments: Sequence[str]) -> None:
         print(json.dumps(rows))
     else:
         console = Console()
-        print_choice(console, config, choice)
+        print_choice(console, with_steps(config, choice.plan), choice)
         print_translation(console, resolved.notes, config, choice.plan)
         console.print(comparison_table(rows))
 

@@ -17,7 +17,7 @@ from .plan_arguments import PlanRequest, read_plan_arguments
 if TYPE_CHECKING:
     from ..config.load import ResolvedConfig
     from ..config.schema import Config
-    from ..planning.choose import Choice
+    from ..planning.plan import Plan
 
 #: Tokenizers whose vocabulary is known without prepared data: GPT-2's byte pairs; bytes and one between documents.
 VOCABULARIES = {"gpt2": 50257, "bytes": 257}
@@ -65,7 +65,7 @@ def _plan(request: PlanRequest) -> None:
         hardware = described_hardware(request.described, hardware)
     everything = "all" in request.switches
     choice = survey(config, hardware, everything=everything)
-    config = with_steps(config, choice)
+    config = with_steps(config, choice.chosen.plan if choice.chosen else None)
     ways = recipes(config, hardware) if config.model.items == "images" and config.device != "cpu" else []
     if typed.as_json:
         plan = choice.chosen.plan if choice.chosen else None
@@ -89,7 +89,7 @@ def _plan(request: PlanRequest) -> None:
 NO_DATA = (("data.path", "data"),)
 
 
-def with_steps(config: Config, choice: Choice) -> Config:
+def with_steps(config: Config, plan: Plan | None) -> Config:
     """The configuration with the steps that its duration comes to under the chosen batch; of epochs of data that is
     not there nobody knows how many (`ENDLESS_STEPS`).
 
@@ -99,10 +99,10 @@ def with_steps(config: Config, choice: Choice) -> Config:
     from ..config.durations import ENDLESS_STEPS
     from ..training.start import steps_of, with_length
 
-    if config.duration is None or choice.chosen is None:
+    if config.duration is None or plan is None:
         return config
     try:
-        steps = steps_of(config, choice.chosen.plan)
+        steps = steps_of(config, plan)
     except DataError:
         return config.model_copy(update={"max_steps": ENDLESS_STEPS})
     return with_length(config, max_steps=steps)
