@@ -12,6 +12,7 @@ from .calibration import Rates
 from .hardware import Hardware
 from .memory import DeviceConstants, MemoryPrediction, fits_within, predict_memory, state_bytes
 from .optimizer_states import checkpoint_bytes_a_parameter
+from .pictures import pictures_ahead
 from .plan import OptimizerPlan, Plan, Prediction, ZeroPlan
 from .sizes import format_bytes
 from .speed import StepPrediction, predict_step
@@ -278,6 +279,7 @@ class Builder:
                 seed=config.seed,
                 ema_decay=config.ema_decay,
             ),
+            pictures=pictures_ahead(config),
             loss_scale=config.loss_scale,
             fsdp=config.fsdp,
             collective_timeout_seconds=config.collective_timeout_seconds,

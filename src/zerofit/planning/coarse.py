@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from .pictures import sizes_on_gpu
 from .plan import Plan
 
 MIB = 1024**2
@@ -31,6 +32,8 @@ def coarse_items(plan: Plan, states: Mapping[str, int]) -> dict[str, int]:
         # Two blocks, each in a collective's buffer and in a place of its own; embedding and head stay.
         kept = 0 if plan.fsdp.reshard_after_forward else plan.model.depth
         items["gathered"] = h * (max(4, kept) * _block_elements(plan) + _root_elements(plan))
+    if pictures := sum(sizes_on_gpu(plan)):
+        items["pictures"] = pictures
     if plan.strategy == "zero3":
         # Parameters that stay gathered at the turn from forward to backward.
         items["gathered"] = h * min(p, plan.zero.max_reuse_distance_elements // 2 + plan.zero.prefetch_bucket_elements)

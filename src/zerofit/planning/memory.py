@@ -20,6 +20,7 @@ from .memory_fsdp import FSDPModel, fsdp_state_bytes
 from .memory_replicated import ReplicatedModel, replicated_state_bytes
 from .memory_zero2 import Zero2Model
 from .memory_zero3 import Zero3Model
+from .pictures import page_locked_bytes, play_pictures
 from .plan import Plan, input_bytes
 from .saving import decodes, play_save
 from .template import ModuleEvent, StepEvent, compose
@@ -211,6 +212,7 @@ def _play(
         ledger.alloc("average of buffers", average, "buffers")
     for item, size in frozen_bytes(plan).items():
         (host if item.startswith("host_") else ledger).alloc(item, size, item)
+    play_pictures(plan, ledger)
     save = partial(play_save, plan, ledger) if decodes(plan) else None
     simulate(plan, ledger, engine_model(plan, ledger, host, events, room_bytes), events, inputs, workspace, save)
     return ledger, host
@@ -267,6 +269,7 @@ def _host_items(plan: Plan, host: Ledger) -> dict[str, int]:
         "process": PROCESS_BYTES,
         "loading": loading,
         **inputs,
+        **({"pictures": locked} if (locked := page_locked_bytes(plan)) else {}),
         **{name: size for name, size in largest.items() if size},
     }
 

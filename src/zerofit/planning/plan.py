@@ -76,6 +76,16 @@ class Prediction(Section):
     tokens_per_second: float | None = None
 
 
+class PicturesAhead(Section):
+    """What a rank that trains on pictures reads ahead."""
+
+    picture_bytes: int
+    """Of a canvas into which every picture fits, uint8."""
+    prefetch_factor: int
+    processes: int
+    """That copy pictures out of the cache."""
+
+
 class Plan(Section):
     """Everything an engine needs to know, and why it was chosen."""
 
@@ -109,6 +119,8 @@ class Plan(Section):
     optimizer: OptimizerPlan = OptimizerPlan()
     frozen: bool = False
     """The head alone is trained; see `frozen_phase`."""
+    pictures: PicturesAhead | None = None
+    """For its share of the memory; None for other data."""
     loss_scale: LossScaleConfig = LossScaleConfig()
     zero: ZeroPlan = ZeroPlan()
     fsdp: FsdpConfig = FsdpConfig()

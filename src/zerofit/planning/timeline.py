@@ -16,7 +16,7 @@ from .template import Alloc, Backward, BlockEvent, Free, Gradient, ModuleEvent, 
 
 #: CUDA streams with memory pools of their own: computing, reducing gradients, gathering parameters, copying what is
 #: saved. What a CUDA graph records has its own pool too.
-MAIN, REDUCE, GATHER, RECORDED, SAVE = 0, 1, 2, 3, 4
+MAIN, REDUCE, GATHER, RECORDED, SAVE, FEED = 0, 1, 2, 3, 4, 5
 #: Micro-steps of a longer window that are played: the first, one in the middle, the last.
 PLAYED_MICRO_STEPS = 3
 #: From the second step on every step repeats the one before.

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import Any, Literal, overload
 
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...config.images import ImageDataConfig
 from ...types import Batch
 from ..loader import IGNORE, Share
 from ..order import Indices
@@ -29,18 +29,12 @@ from .ahead import Ahead
 from .dataset import ImageDataset
 from .gpu_files import GpuFilesReader, nvjpeg
 from .readers import CanvasReader, Reader
+from .room import MAX_CACHE_PROCESSES, stays_on_host, windows_ahead
 from .shards import usable_cores
 from .work import Canvases
 
-#: Processes that copy out of the cache for a GPU. One copies 20,000 pictures/s and more; several wait for a disk at
-#: the same time.
-MAX_CACHE_PROCESSES = 4
-
 #: Samples whose pictures and keys are computed at a time.
 PLANNED_SAMPLES = 8192
-
-#: Windows that are larger wait in page-locked memory, and the engine copies each micro-batch when its turn comes.
-MAX_DEVICE_BYTES_AHEAD = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -99,25 +93,21 @@ class ReadPlan:
         )
 
 
-def read_plan(config: ImageDataConfig, *, on_gpu: bool) -> ReadPlan:
-    """How a rank reads under a configuration; `on_gpu`: it trains on the current GPU."""
-    return ReadPlan(
-        config.read,
-        torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
-        config.num_workers,
-        config.prefetch_factor,
-        on_gpu if config.pin_memory is None else config.pin_memory,
-    )
+@cache
+def _stream_of(device: torch.device) -> Any:
+    """One for all readers of a process: what one lets go of, another takes, which PyTorch keeps apart by stream.
+
+    Preferred: a few short kernels and copies a batch, which would else queue behind the training's.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class _Device:
-    """Brings batches to a GPU on a stream of its own, and makes the stream that uses them wait."""
+    """Brings batches to a GPU on the readers' stream, and makes the stream that uses them wait."""
 
     def __init__(self, device: torch.device | None, *, pin: bool) -> None:
         self.device, self.pin = device, pin
-        on_gpu = device is not None and device.type == "cuda"
-        # Preferred: a few short kernels and copies a batch, which would else queue behind the training's.
-        self._stream: Any = torch.cuda.Stream(device, priority=-1) if on_gpu else None
+        self._stream = _stream_of(device) if device is not None and device.type == "cuda" else None
 
     def inside(self) -> AbstractContextManager[object]:
         """What the thread that makes batches enters."""
@@ -152,19 +142,23 @@ class ImageLoader:
 
     def __init__(self, dataset: ImageDataset, share: Share, plan: ReadPlan | None = None) -> None:
         self.dataset, self.share, self.plan = dataset, share, plan or ReadPlan()
-        stays = self.bytes_ahead > MAX_DEVICE_BYTES_AHEAD
+        stays = stays_on_host(self.window_bytes, self.plan.prefetch_factor)
         self._reader = self.plan.open(dataset, share, training=True, stays=stays)
         self._device = _Device(self._reader.device, pin=self.plan.pin_memory)
         self._ahead: Ahead[tuple[list[Batch], Any]] | None = None
         self._next_step = -1
 
     @property
-    def bytes_ahead(self) -> int:
-        """Of the windows that are made, on the device (or on the CPU above `MAX_DEVICE_BYTES_AHEAD`), the one in use
-        included. Files that a GPU decodes may take more: their canvas is that of the largest picture of the batch."""
+    def window_bytes(self) -> int:
+        """Of a window's canvases. Those of files that a GPU decodes may take more: their canvas is that of the largest
+        picture of the batch."""
         height, width = self.dataset.store.canvas
-        window = self.share.micro_batch * self.share.accumulation_steps * height * width * 3
-        return window * (self.plan.prefetch_factor + 2)  # used, waiting, and one in the making
+        return self.share.micro_batch * self.share.accumulation_steps * height * width * 3
+
+    @property
+    def bytes_ahead(self) -> int:
+        """Of the windows that are there at once, on the device or, where they stay there, on the CPU."""
+        return self.window_bytes * windows_ahead(self.plan.prefetch_factor)
 
     def window(self, step: int) -> list[Batch]:
         """The accumulation window of `step`: ``accumulation_steps`` batches of ``micro_batch`` samples.

@@ -14,13 +14,11 @@ from torch import Tensor
 
 from ..order import Indices
 from .processes import Processes
+from .room import COPIED_TOGETHER, DECODED_TOGETHER
 from .store import ImageStore
 from .work import Bytes, Canvases
 
 _log = logging.getLogger(__name__)
-
-#: Pictures that a process copies out of the cache, or decodes, at a time.
-COPIED_TOGETHER, DECODED_TOGETHER = 64, 32
 
 
 class Reader(Protocol):
