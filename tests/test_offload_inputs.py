@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from zerofit.engines.common import keep_inputs_on_host
 from zerofit.errors import ConfigError
 from zerofit.models import model_spec
 from zerofit.models.base import named_unique_parameters
+from zerofit.planning.memory import H200, predict_memory
+from zerofit.planning.plan import Plan
 from zerofit.planning.template import compose
 from zerofit.planning.trace import direct_events, trace_template
 
@@ -66,6 +70,42 @@ def test_a_classifiers_inputs_go_to_the_host_too() -> None:
         assert torch.equal(one.grad, two.grad)
     for one, two in zip(plain.buffers(), other.buffers(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(("layers", "pixels"), [(18, 45), (50, 64)])
+def test_a_classifiers_shape_tells_its_blocks_inputs(layers: int, pixels: int) -> None:
+    model = ResNetConfig(layers=layers, base_width=4, num_classes=3, input_size=pixels)  # type: ignore[arg-type]
+    net, seen = built(model, "full", offloaded=False), list[int]()
+    for block in model_spec("resnet").blocks(net):
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    net.eval()
+    with torch.no_grad():
+        net(torch.zeros(1, 3, pixels, pixels))
+    assert seen == model.block_inputs_per_sample()
+
+
+def test_a_classifiers_plan_holds_its_inputs_on_the_host() -> None:
+    model = ResNetConfig(layers=18, num_classes=3, input_size=224)
+    plan = Plan(
+        model=model, parameters=model.parameter_count(), strategy="single", device="cuda", world_size=1,
+        micro_batch=64, accumulation_steps=1, precision="fp16", activation_checkpointing_every=1,
+    )  # fmt: skip
+    offloaded = plan.model_copy(update={"activation_offload": "cpu"})
+    here, there = (predict_memory(p, H200) for p in (plan, offloaded))
+    # The peak is in the first block's backward pass, where no other block's input is needed any more.
+    assert sum(there.phases["forward"].values()) < sum(here.phases["forward"].values())
+    assert "activations" not in here.host_items
+    # Half precision, 64 pictures, each page-locked block rounded up to a power of two.
+    kept = [1 << (2 * 64 * n - 1).bit_length() for n in model.block_inputs_per_sample()]
+    assert there.host_items["activations"] == sum(kept)
+
+
+def test_timms_blocks_keep_theirs(tmp_path: Path) -> None:
+    model, data = {"kind": "timm", "name": "resnet18"}, {"kind": "images", "path": "none"}
+    file = tmp_path / "timm.json"
+    file.write_text(json.dumps({"model": model, "data": data, "activation_offload": "cpu", "max_steps": 1}))
+    with pytest.raises(ConfigError, match="which one is the input is not known"):
+        load_config(file, None)
 
 
 @pytest.mark.parametrize("kind", MODELS)

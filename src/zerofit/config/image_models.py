@@ -188,6 +188,12 @@ class ResNetConfig(ImageModelShape):
         """Three times the convolutions and the head: forward, and the gradients of inputs and of weights."""
         return 3 * (sum(conv.flops for conv in self.convolutions()) + 2 * self.features * self.classes)
 
+    def block_inputs_per_sample(self) -> list[int]:
+        pooled = self.base_width * _halved(_halved(self.pixels)) ** 2
+        # A block's last convolution gives as many elements as the block.
+        outputs = {conv.block: conv.output_elements for conv in self.convolutions() if conv.block}
+        return [pooled, *list(outputs.values())[:-1]]
+
     def saved_elements_per_sample(self, every: int) -> int:
         """A convolution's output and its normalised, rectified one; of recomputed blocks their input alone."""
         convolutions = self.convolutions()
@@ -205,6 +211,7 @@ class TimmConfig(ImageModelShape):
     """Any image classifier that timm knows, by its name; timm must be installed (``zerofit[timm]``)."""
 
     blocks_alike: ClassVar[bool] = False
+    inputs_to_host: ClassVar[bool] = False  # some blocks take several tensors, others the same one as their neighbours
 
     kind: Literal["timm"] = "timm"
     name: str

@@ -54,6 +54,9 @@ class LanguageModelShape(ModelShape):
     def items_per_sample(self) -> int:
         return self.sequence_length
 
+    def block_inputs_per_sample(self) -> list[int]:
+        return [self.sequence_length * self.width] * self.depth
+
     def saved_elements_per_sample(self, every: int) -> int:
         block, boundary = (n * self.sequence_length for n in (self.saved_elements_per_token, self.width))
         if not every:

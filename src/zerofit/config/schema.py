@@ -466,6 +466,11 @@ def _check_checkpointing(config: Config) -> None:
             f"activation_offload cpu with activation_checkpointing {wish}: what is kept in host memory are the inputs "
             f"of recomputed blocks; use activation_checkpointing full, or activation_offload none"
         )
+    if config.activation_offload == "cpu" and not config.model.inputs_to_host:
+        raise ValueError(
+            f"activation_offload cpu with model kind {config.model.kind}: its blocks may take several tensors, and "
+            f"which one is the input is not known; use activation_offload none, with activation_checkpointing full"
+        )
     if config.compile and wish in ("light", "selective"):
         raise ValueError(
             f"activation_checkpointing {wish} with compile true: in compiled blocks the compiler's partitioner "

@@ -33,6 +33,8 @@ class ModelShape(Section):
     """Ways of activation checkpointing that the model has."""
     blocks_alike: ClassVar[bool] = True
     """Whether a few blocks stand for any number of them."""
+    inputs_to_host: ClassVar[bool] = True
+    """Whether recomputed blocks can keep their inputs in host memory (``activation_offload``)."""
 
     kind: Any
 
@@ -61,6 +63,10 @@ class ModelShape(Section):
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of what the model remembers and no gradient changes (running statistics)."""
         return {}
+
+    def block_inputs_per_sample(self) -> list[int]:
+        """Elements of each block's input, in order; of models with `inputs_to_host`."""
+        raise NotImplementedError
 
     def saved_elements_per_sample(self, every: int) -> int:
         """What all blocks keep of a sample for the backward pass with every `every`-th recomputed (0: none), in

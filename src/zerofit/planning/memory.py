@@ -264,7 +264,7 @@ def _host_items(plan: Plan, host: Ledger) -> dict[str, int]:
     loading = 2 * 4 * max(parameter_elements(plan).values())
     inputs = {}
     if plan.activation_offload == "cpu":
-        inputs = {"activations": plan.model.depth * pinned_bytes(input_bytes(plan) // plan.model.depth)}
+        inputs = {"activations": sum(map(pinned_bytes, input_bytes(plan)))}
     return {
         "process": PROCESS_BYTES,
         "loading": loading,

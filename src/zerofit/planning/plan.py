@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..config.models import LanguageModelShape, ModelConfig, Recomputation, Section
+from ..config.models import ModelConfig, Recomputation, Section
 from ..config.optimizers import MasterType, OptimizerKind, StateType
 from ..config.schema import FsdpConfig, LossScaleConfig, Offload, Precision, Strategy
 
@@ -169,9 +169,8 @@ class Plan(Section):
         return self.precision != "fp32"
 
 
-def input_bytes(plan: Plan) -> int:
-    """Inputs of all blocks for one micro-step of a rank, in bytes: what ``activation_offload`` moves."""
+def input_bytes(plan: Plan) -> list[int]:
+    """Each block's input in one micro-step of a rank, in bytes: what ``activation_offload`` moves."""
     model = plan.model
-    assert isinstance(model, LanguageModelShape)
     wide = getattr(model, "residual_in_fp32", False) or not plan.mixed
-    return model.depth * plan.micro_batch * model.sequence_length * model.width * (4 if wide else 2)
+    return [(4 if wide else 2) * plan.micro_batch * elements for elements in model.block_inputs_per_sample()]

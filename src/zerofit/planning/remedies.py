@@ -67,7 +67,7 @@ def _micro_batch_that_fits(builder: Builder, plan: Plan) -> int | None:
 
 def _on_host(builder: Builder, plan: Plan) -> Iterator[str]:
     """Recomputed blocks whose inputs wait in host memory."""
-    if builder.device != "cuda" or plan.activation_offload == "cpu":
+    if builder.device != "cuda" or plan.activation_offload == "cpu" or not plan.model.inputs_to_host:
         return
     way = plan.recomputation if plan.activation_checkpointing_every == 1 else "full"
     moved = {"activation_offload": "cpu", "activation_checkpointing_every": 1, "recomputation": way}

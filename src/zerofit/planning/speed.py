@@ -325,7 +325,7 @@ def _input_seconds(plan: Plan, found: Rates, forward: float, backward: float) ->
     """What moving the blocks' inputs to the host and back adds to a step: what does not hide behind the passes."""
     if plan.activation_offload == "none":
         return 0.0
-    moved = input_bytes(plan)
+    moved = sum(input_bytes(plan))
     out = max(0.0, moved / found.device_to_host - OVERLAP_WINDOW * forward)
     back = max(0.0, moved / found.host_to_device - OVERLAP_WINDOW * backward)
     return plan.accumulation_steps * (out + back)
