@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config.image_models import ImageModelShape, ResNetConfig, TimmConfig
+from ..config.image_models import PUBLISHED_WIDTH, ImageModelShape, ResNetConfig, TimmConfig
 from ..data.augment import IMAGENET_MEAN, IMAGENET_STD
 from ..errors import CheckpointError, MissingDependency, RequestError
 from .export import Exported
@@ -28,8 +28,6 @@ from .source import Source
 
 #: Of ONNX's operators; old enough for runtimes of some years.
 OPSET = 18
-#: Channels of a ResNet's first stage as torchvision builds them.
-PUBLISHED_WIDTH = 64
 #: What ONNX Runtime's results may differ by from PyTorch's, in fp32.
 TOLERANCE = 1e-3
 

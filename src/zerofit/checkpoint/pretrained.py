@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.image_models import ImageModelShape, TimmConfig
+from ..config.image_models import PUBLISHED_WIDTH, ImageModelShape, TimmConfig
 from ..errors import CheckpointError, ConfigError
 from ..models.base import ModelSpec
 from ..types import Reader
@@ -70,7 +70,7 @@ def _published(model: ImageModelShape) -> Mapping[str, Tensor]:
 
         return published_weights(model)
     layers = getattr(model, "layers", None)
-    if layers not in PUBLISHED or getattr(model, "base_width", 64) != 64:
+    if layers not in PUBLISHED or getattr(model, "base_width", PUBLISHED_WIDTH) != PUBLISHED_WIDTH:
         raise ConfigError(
             f"model.pretrained true with model.kind {model.kind}, layers {layers}, base_width "
             f"{getattr(model, 'base_width', None)}: published weights are known for ResNets of 18, 34 and 50 layers "

@@ -114,6 +114,10 @@ RESNET_STAGES: dict[int, tuple[tuple[int, int, int, int], bool]] = {
 }
 
 
+#: Channels of a ResNet's first stage as published, and as torchvision builds them.
+PUBLISHED_WIDTH = 64
+
+
 class ResNetConfig(ImageModelShape):
     """ResNet (He et al. 2016), as torchvision has it: the stride of a bottleneck is in its 3 x 3 convolution."""
 
@@ -123,7 +127,7 @@ class ResNetConfig(ImageModelShape):
     kind: Literal["resnet"] = "resnet"
     layers: Literal[18, 34, 50] = 18
     """Layers with weights, as in ResNet-18."""
-    base_width: Annotated[int, Field(ge=1)] = 64
+    base_width: Annotated[int, Field(ge=1)] = PUBLISHED_WIDTH
     """Channels of the first stage; each next one has twice as many. 64 is the published model."""
     zero_init_residual: bool = False
     """Start each block as the identity: the last batch norm's weight is 0 (Goyal et al. 2017)."""

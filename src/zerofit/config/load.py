@@ -430,5 +430,5 @@ def _wrong_value(key: Key, entry: Entry) -> ConfigError:
     quotes = " Put it in quotes to make it text." if key.is_text and isinstance(entry.value, int | float) else ""
     return ConfigError(
         f"{entry.origin}: {key.name} was set to {describe_value(entry.value)}, and it takes {key.rule}{default}. "
-        f"{' '.join(key.description.split())}{quotes}"
+        f"{key.description}{quotes}"
     )

@@ -194,8 +194,11 @@ class FlatOptimizer:
         figures: Figures | None = None
         weight: Tensor | None = None
         for group in self.groups:
+            if group.one_pass is None:
+                rest.append(group)
+                continue
             flat, places = group.flat, self.places(group)
-            if group.one_pass is None or not group.one_pass.runs(flat, places):
+            if not group.one_pass.runs(flat, places):
                 rest.append(group)
                 continue
             given = inputs[group]

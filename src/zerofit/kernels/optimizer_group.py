@@ -1,7 +1,7 @@
 """One step of an element-wise optimizer over all parameters of a group, where their gradients and compute copies lie.
 
 `optimizer_step` takes one flat gradient in fp32 and leaves the compute copies to its caller: gathering the gradients
-and copying the weights move 14 bytes an element more than the 28 that AdamW with fp32 states and a bf16 copy needs
+and copying the weights move 12 bytes an element more than the 28 that AdamW with fp32 states and a bf16 copy needs
 (gradient 2, weights 8, moments 16, copy 2). Here one launch does all of it. A table on the device tells where each
 parameter's gradient and copy lie; gradients are made anew in every step, so their addresses are sent with each step
 that changed them: 16 bytes a parameter, from page-locked memory, without waiting.

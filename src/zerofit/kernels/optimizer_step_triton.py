@@ -11,6 +11,7 @@ fp32 AdamW moments and a bf16 copy: gradient 2, weights 8, moments 16, copy 2.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -149,6 +150,33 @@ def _kernel(
     )  # fmt: skip
 
 
+def _means(moments: tuple[Moment, ...]) -> Iterator[Tensor]:
+    """Values and scales of both means; what a kernel does not read is any pointer."""
+    for moment in (moments[0], moments[-1]):
+        yield moment.values
+        yield moment.values if moment.scales is None else moment.scales
+
+
+def _numbers(rule: Rule, lr: float, weight_decay: float) -> tuple[float, ...]:
+    """In the order of the kernels' arguments from ``lr`` on."""
+    # The differences here, in fp64: 1 - 0.999 is off by 1e-5 in fp32.
+    rest1, rest2 = 1 - rule.beta1, 1 - rule.beta2
+    return lr, weight_decay, rule.beta1, rule.beta2, rest1, rest2, rule.eps, rule.momentum, SMALLEST_SCALE
+
+
+def _forms(rule: Rule, weights: Tensor, moments: tuple[Moment, ...]) -> dict[str, Any]:
+    """What is compiled in."""
+    return {
+        "kind": _KINDS[rule.kind],
+        "nesterov": rule.nesterov,
+        "bits": _BITS[moments[0].values.dtype],
+        "bf16_weights": weights.dtype == torch.bfloat16,
+        "rows": ROWS,
+        "block": BLOCK,
+        "rounds": 7,
+    }
+
+
 def step(
     rule: Rule,
     gradient: Tensor,
@@ -162,36 +190,17 @@ def step(
     first: int,
 ) -> None:
     """As `optimizer_step.step`, on contiguous tensors of one device."""
-    bits: Any = _BITS[moments[0].values.dtype]
-    m, v = moments[0], moments[-1]
     _kernel[(triton.cdiv(weights.numel(), ROWS * BLOCK),)](
         gradient,
         weights,
-        m.values,
-        m.values if m.scales is None else m.scales,
-        v.values,
-        v.values if v.scales is None else v.scales,
+        *_means(moments),
         figures.packed,
         weights.numel(),
         first,
         seed,
         stream,
-        lr,
-        weight_decay,
-        rule.beta1,
-        rule.beta2,
-        1 - rule.beta1,  # here, in fp64: 1 - 0.999 is off by 1e-5 in fp32
-        1 - rule.beta2,
-        rule.eps,
-        rule.momentum,
-        SMALLEST_SCALE,
-        kind=_KINDS[rule.kind],
-        nesterov=rule.nesterov,
-        bits=bits,
-        bf16_weights=weights.dtype == torch.bfloat16,
-        rows=ROWS,
-        block=BLOCK,
-        rounds=7,
+        *_numbers(rule, lr, weight_decay),
+        **_forms(rule, weights, moments),
     )
 
 
@@ -289,49 +298,31 @@ def step_group(
     stream: int,
 ) -> None:
     """As `optimizer_group.reference`, on parameters whose gradients and copies the table's addresses tell."""
-    m, v = flat.moments[0], flat.moments[-1]
-    bits: Any = _BITS[m.values.dtype]
+    in_8_bits = _BITS[flat.moments[0].values.dtype] == 8
     _group_kernel[(tables.programs.shape[0],)](
         tables.spans,
         tables.programs,
         tables.addresses,
         flat.weights,
-        m.values,
-        m.values if m.scales is None else m.scales,
-        v.values,
-        v.values if v.scales is None else v.scales,
+        *_means(flat.moments),
         flat.weights if flat.average is None else flat.average,
         figures.packed,
         figures.packed if average_weight is None else average_weight,
         tables.tiles,
         seed,
         stream,
-        lr,
-        weight_decay,
-        rule.beta1,
-        rule.beta2,
-        1 - rule.beta1,  # here, in fp64: 1 - 0.999 is off by 1e-5 in fp32
-        1 - rule.beta2,
-        rule.eps,
-        rule.momentum,
-        SMALLEST_SCALE,
-        kind=_KINDS[rule.kind],
-        nesterov=rule.nesterov,
-        bits=bits,
-        bf16_weights=flat.weights.dtype == torch.bfloat16,
+        *_numbers(rule, lr, weight_decay),
+        **_forms(rule, flat.weights, flat.moments),
         gradient_type=_TYPES[gradient_dtype],
         copy_type=_TYPES[copy_dtype or torch.float32],
         has_copy=copy_dtype is not None,
         has_average=flat.average is not None,
-        rows=ROWS,
-        block=BLOCK,
-        rounds=7,
         # In 8 bits parameters begin blocks; 8 elements are 16 bytes of bf16 and 32 of fp32.
-        aligned=BLOCK if bits == 8 else 8,
+        aligned=BLOCK if in_8_bits else 8,
         # Both forms of a tile then round alike, whatever the compiler makes of each: a resumed run whose gradients lie
         # at other addresses is still the same run.
         enable_fp_fusion=False,
         # As many as 8-bit codes need without spilling; the compiler takes 168, which leaves three programs on a
         # multiprocessor. (Seen in what Triton 3.6 and 3.8 compile for an H200, not timed.)
-        **({"maxnreg": 128} if bits == 8 else {}),
+        **({"maxnreg": 128} if in_8_bits else {}),
     )

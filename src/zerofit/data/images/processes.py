@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import ZerofitError
+from ..child_processes import without_main
 from ..order import Indices
-from ..without_main import without_main
 from .work import Bytes, Filled
 
 #: Seconds that the processes are given to end by themselves.
@@ -53,15 +53,18 @@ class Processes:
         self.work, self.workers, self.ahead, self.piece_bytes = work, workers, max(ahead, 1), piece_bytes
         self._started: list[tuple[Any, Connection]] = []
         self.memories = [np.empty(piece_bytes, np.uint8)] if not workers else []
+        if workers:
+            self._start(pickle.dumps(work))
+
+    def _start(self, work: bytes) -> None:
         # Fresh processes: a fork would inherit this one's threads' locks and its GPU.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        pickled = pickle.dumps(work)
-        for _ in range(workers):
+        size = self.ahead * self.piece_bytes
+        for _ in range(self.workers):
             here, there = context.Pipe()
-            size = self.ahead * piece_bytes
             shared = _Shared(size) if hasattr(os, "memfd_create") else context.RawArray("B", size)
-            process = context.Process(target=_serve, args=(pickled, there, shared, self.ahead), daemon=True)
+            process = context.Process(target=_serve, args=(work, there, shared, self.ahead), daemon=True)
             with without_main():
                 process.start()
             there.close()

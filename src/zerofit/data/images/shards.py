@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..without_main import end_with_parent
+from ..child_processes import end_with_parent
 from .decode import BadPicture, Limits, Resize, decode, find_resize
 from .discover import Picture
 

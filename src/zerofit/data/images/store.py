@@ -79,7 +79,7 @@ class ImageStore:
     """A prepared folder, opened for reading. Cheap to send to another process: it opens the files again.
 
     Args:
-        same_as: SHA-256 of the ``meta.json`` of the store that was sent.
+        same_as: hash of the ``meta.json`` of the store that was sent.
 
     Attributes:
         index: (files,) of `RECORD`.
@@ -91,7 +91,7 @@ class ImageStore:
     def __init__(self, folder: Path, same_as: str | None = None) -> None:
         self.folder = folder
         self.meta = read_images_meta(folder)
-        self._hash = hashlib.sha256((folder / META).read_bytes()).hexdigest()
+        self._hash = hashlib.sha256(json.dumps(self.meta).encode()).hexdigest()
         if same_as not in (None, self._hash):
             raise DataError(
                 f"{folder} was prepared anew while this run reads it, so that a picture's number means another picture "

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import TrainingFailed
+from ..child_processes import end_with_parent, without_main
 from ..metadata import dtype_for
 from ..tokenizers import Tokenizer
-from ..without_main import end_with_parent, without_main
 from .pieces import Piece
 
 #: Characters after which a chunk is full.

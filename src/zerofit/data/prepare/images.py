@@ -26,12 +26,12 @@ import numpy as np
 
 from ...config.images import ImageDataConfig
 from ...errors import DataError, ZerofitError
+from ..child_processes import without_main
 from ..images import shards
 from ..images.decode import Limits, import_pillow
 from ..images.discover import Found, discover, shown
 from ..images.shards import Checked, read_shard, shard_rows
 from ..images.store import FILES, FORMAT, INDEX, META, RECORD, SPLITS, is_prepared_images, read_images_meta
-from ..without_main import without_main
 
 #: Pictures of a shard at least, and shards at most: a shard is the unit of work, and what an interruption costs.
 SHARD_PICTURES, MAX_SHARDS = 64, 1024
