@@ -76,7 +76,7 @@ class DeepSpeedEngine:
         """Under ZeRO-3 each module is partitioned as soon as it is made: no rank ever holds the whole model."""
         if self.plan.strategy != "zero3" or getattr(spec, "partitioned_when_built", False):
             return common.build_model(self.plan, spec, self.world.device)
-        # PyTorch imports it as the first module is made, and that fails once zero.Init has replaced Tensor's constructor.
+        # PyTorch imports it as the first module is made, which fails once zero.Init has replaced Tensor's constructor.
         importlib.import_module("torch._dynamo")
         with self.deepspeed.zero.Init(config_dict_or_path=config):
             return common.build_model(self.plan, spec, self.world.device)
