@@ -413,8 +413,8 @@ def timed_stages() -> dict[str, list[float]]:
 
     found: dict[str, list[float]] = {}
     for owner, name in (
-        (Processes, "_take"), (Processes, "_ask"), (GpuFilesReader, "_copied"), (GpuFilesReader, "_decode_jpegs"),
-        (GpuFilesReader, "_decode"), (GpuFilesReader, "_keep"),
+        (Processes, "_take"), (Processes, "_ask"), (GpuFilesReader, "_taken"), (GpuFilesReader, "_decode_jpegs"),
+        (GpuFilesReader, "_laid_out"),
     ):  # fmt: skip
         taken = found.setdefault(f"{owner.__name__}.{name}", [])
         setattr(owner, name, timed(getattr(owner, name), taken))

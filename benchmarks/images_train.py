@@ -6,9 +6,10 @@
 
 ``speed``: the plain fp32 loop (torchvision's model, AdamW) against zerofit in fp16 and bf16, eager, compiled and with
 CUDA graphs, batch 16 and 64, with peak memory. ``rows``: batch 16, 32 and 64 plain, fp16 and offloaded, the rows that
-circulate for a small card. ``fed``: batches from a prepared folder's cache (`zerofit data prepare images`) through
-augmentation, against the same training on random pictures that are on the GPU. ``cards``: with all but 2, 4, 6 and
-8 GB of the GPU held by another process, the largest micro-batch that the planner says fits, and the largest that does.
+circulate for a small card. ``fed``: batches from a prepared folder's cache (`zerofit data prepare images`), or straight
+from its files, through augmentation, against the same training on random pictures that are on the GPU. ``cards``: with
+all but 2, 4, 6 and 8 GB of the GPU held by another process, the largest micro-batch that the planner says fits, and the
+largest that does.
 ``scaling``: images a second on 1, 2 and 4 GPUs under DDP. Every case is a process of its own with a time limit, and
 the results are written after each. ``--data`` is needed for ``fed``.
 """
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(GROUPS))
     parser.add_argument("--gpus", type=int, default=1, help="for scaling: 1, 2 and 4 up to this")
     parser.add_argument("--data", type=Path, help="prepared folder of pictures, for fed")
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64], help="for speed")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="32 x 32 pictures, few steps: a trial of the program")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no case after that")
@@ -91,7 +93,7 @@ def cases_of(group: str, args: argparse.Namespace) -> Iterator[tuple[dict[str, A
                      for graphs in (True, False) for compile in ("default", None)]  # fmt: skip
         variants += [{"kind": "zerofit", "precision": "bf16", "graphs": True, "compile": "default"}]
         variants += [{"kind": "zerofit", "precision": "fp32", "graphs": True}]
-        for batch in (16, 64):
+        for batch in args.batches:
             yield from ((base | {"batch": batch} | variant, here) for variant in variants)
     elif group == "rows":
         for batch in CLAIMED:
@@ -101,11 +103,15 @@ def cases_of(group: str, args: argparse.Namespace) -> Iterator[tuple[dict[str, A
             yield base | {"batch": batch, "kind": "zerofit", "precision": "fp16", **offload}, here
     elif group == "fed":
         batch = 16 if args.tiny else 256
-        fed = base | {"batch": batch, "kind": "zerofit", "precision": "bf16" if args.device == "cuda" else "fp32"}
-        for compile in (None, "default"):
-            yield fed | {"compile": compile}, here
+        fed = base | {"batch": batch, "kind": "zerofit", "precision": "fp16" if args.device == "cuda" else "fp32"}
+        fed |= {} if args.tiny else {"steps": 240, "warm_up": 40}
+        for how in ({"compile": "default", "graphs": True}, {"compile": "default"}):
+            if args.device != "cuda":
+                how["graphs"] = False
+            yield fed | how, here
             if args.data:
-                yield fed | {"compile": compile, "data": str(args.data)}, here
+                yield fed | how | {"data": str(args.data), "read": "cache"}, here
+                yield fed | how | {"data": str(args.data), "read": "files"}, here
     elif group == "scaling":
         many = base | {"batch": 16 if args.tiny else 256, "kind": "zerofit"}
         precision = "bf16" if args.device == "cuda" else "fp32"
@@ -259,7 +265,7 @@ def fed_config(case: dict[str, Any]) -> Any:
     from zerofit.config.load import load_config
     from zerofit.training.start import with_model_of_data
 
-    settings = {"model.kind": "resnet", "data.kind": "images", "data.path": case["data"],
+    settings = {"model.kind": "resnet", "data.kind": "images", "data.path": case["data"], "data.read": case["read"],
                 "data.image_size": str(case["size"]), "global_batch": str(case["batch"])}  # fmt: skip
     if case["size"] < 256:
         settings["data.eval_resize"] = str(max(case["size"], 256 if case["size"] == 224 else case["size"]))
@@ -303,7 +309,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         words = [row["group"], row["kind"], row.get("card", ""), row["precision"], row.get("strategy", ""),
                  row.get("offload", ""), f"compile {row['compile']}" if row.get("compile") else "",
-                 "fed" if row.get("data") else "", f"batch {row['batch']} x {row['ranks']}"]  # fmt: skip
+                 "CUDA graphs" if row.get("graphs") else "", f"from {row['read']}" if row.get("data") else "",
+                 f"batch {row['batch']} x {row['ranks']}"]  # fmt: skip
         rate = f"{row['images_per_second']:,.0f} images/s" if "images_per_second" in row else row["status"]
         peak = f"{row['allocated_bytes'] / 2**30:.2f} GiB" if "allocated_bytes" in row else ""
         lines.append(" ".join(word for word in [*words, rate, peak] if word))

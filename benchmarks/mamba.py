@@ -62,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "peer-zero2-checkpointed": {"peer": True, "stage": 2, "checkpointed": True},
     "7b-fsdp2": {"strategy": "fsdp2"},
     "7b-fsdp2-8-ctas": {"strategy": "fsdp2", "ctas": 8},
+    "7b-fsdp2-gathered": {"strategy": "fsdp2", "fsdp": {"reshard_after_forward": False}},
     "7b-fsdp2-gathered-8-ctas": {"strategy": "fsdp2", "fsdp": {"reshard_after_forward": False}, "ctas": 8},
     "7b-fsdp2-compiled-8-ctas": {"strategy": "fsdp2", "compile": True, "ctas": 8},
     "7b-fsdp2-gathered-compiled-8-ctas": {

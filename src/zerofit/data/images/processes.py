@@ -33,6 +33,10 @@ from .work import Bytes, Filled
 #: Seconds that the processes are given to end by themselves.
 PATIENCE_SECONDS = 5.0
 
+#: Bytes before the numbers of a message, which so stay aligned: the slot, or zeros before what was filled. No pickle
+#: begins with a zero.
+HEAD = 8
+
 #: Puts some pictures into memory; runs in a process, so it must be picklable.
 Work = Callable[[Indices, Bytes], Filled]
 
@@ -100,14 +104,15 @@ class Processes:
     def _ask(self, turn: int, part: Indices, waiting: deque[int]) -> None:
         slot = turn // self.workers % self.ahead
         try:
-            self._started[turn % self.workers][1].send((slot, part))
+            message = slot.to_bytes(HEAD, "little") + np.asarray(part, np.int64).tobytes()
+            self._started[turn % self.workers][1].send_bytes(message)
         except OSError as error:
             raise self._died(error) from error
         waiting.append(turn)
 
     def _take(self, turn: int) -> tuple[Bytes, list[int]]:
         try:
-            answer = self._started[turn % self.workers][1].recv()
+            answer = _answer(self._started[turn % self.workers][1].recv_bytes())
         except (EOFError, OSError) as error:
             raise self._died(error) from error
         if isinstance(answer, Exception):
@@ -170,18 +175,34 @@ def _serve(pickled: bytes, connection: Connection, shared: Any, slots: int) -> N
     work = _loaded(pickled)
     while True:
         try:
-            slot, numbers = connection.recv()
+            asked = connection.recv_bytes()
         except (EOFError, OSError):
             return
+        slot, numbers = int.from_bytes(asked[:HEAD], "little"), np.frombuffer(asked, np.int64, offset=HEAD)
         answer: Filled | Exception
         try:
             answer = work if isinstance(work, Exception) else work(numbers, memory[slot])
         except Exception as error:  # raised where the piece is taken
             answer = error
         try:
-            connection.send(answer)
+            _send(connection, answer)
         except OSError:  # nobody wants it any more
             return
+
+
+def _send(connection: Connection, answer: Filled | Exception) -> None:
+    """What `_answer` reads. Lengths alone, which is nearly always: pickling them would take the rank longer."""
+    if isinstance(answer, Filled) and answer.elsewhere is None:
+        connection.send_bytes(bytes(HEAD) + np.array(answer.lengths, np.int64).tobytes())
+    else:
+        connection.send(answer)
+
+
+def _answer(message: bytes) -> Filled | Exception:
+    if not message.startswith(bytes(1)):
+        answer: Filled | Exception = pickle.loads(message)
+        return answer
+    return Filled(np.frombuffer(message, np.int64, offset=HEAD).tolist())
 
 
 def _loaded(pickled: bytes) -> Work | Exception:

@@ -92,8 +92,7 @@ class CanvasReader:
         return torch.empty(shape, dtype=torch.uint8, device=self.device, pin_memory=pin)
 
     def close(self) -> None:
-        while self._locked:
-            torch.cuda.cudart().cudaHostUnregister(self._locked.pop().ctypes.data)
+        unlock(self._locked)
         self._processes.close()
 
 
@@ -106,3 +105,9 @@ def page_lock(memory: Bytes) -> bool:
     with suppress(RuntimeError):  # the next kernel would report this call's error as its own
         torch.zeros(1, device="cuda")
     return False
+
+
+def unlock(memories: list[Bytes]) -> None:
+    """Undo `page_lock` of these, before they go; the list is empty afterwards."""
+    while memories:
+        torch.cuda.cudart().cudaHostUnregister(memories.pop().ctypes.data)

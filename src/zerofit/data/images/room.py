@@ -10,7 +10,7 @@ MAX_DEVICE_BYTES_AHEAD = 512 << 20
 MAX_CACHE_PROCESSES = 4
 
 #: Pictures that a process copies out of the cache, or decodes, at a time.
-COPIED_TOGETHER, DECODED_TOGETHER = 64, 32
+COPIED_TOGETHER, DECODED_TOGETHER = 128, 32
 
 
 def windows_ahead(prefetch_factor: int) -> int:
