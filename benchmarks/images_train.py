@@ -8,10 +8,9 @@
 CUDA graphs, batch 16 and 64, with peak memory. ``rows``: batch 16, 32 and 64 plain, fp16 and offloaded, the rows that
 circulate for a small card. ``fed``: batches from a prepared folder's cache (`zerofit data prepare images`), or straight
 from its files, through augmentation, against the same training on random pictures that are on the GPU. ``cards``: with
-all but 2, 4, 6 and 8 GB of the GPU held by another process, the largest micro-batch that the planner says fits, and the
-largest that does.
-``scaling``: images a second on 1, 2 and 4 GPUs under DDP. Every case is a process of its own with a time limit, and
-the results are written after each. ``--data`` is needed for ``fed``.
+all but 2, 4, 6 and 8 GB of the GPU held by another process, the micro-batches that the planner says fit, fit tightly,
+and do not. ``scaling``: images a second on 1, 2 and 4 GPUs under DDP. Every case is a process of its own with a time
+limit, and the results are written after each. ``--data`` is needed for ``fed``.
 """
 
 from __future__ import annotations
@@ -45,6 +44,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(GROUPS))
     parser.add_argument("--gpus", type=int, default=1, help="for scaling: 1, 2 and 4 up to this")
     parser.add_argument("--data", type=Path, help="prepared folder of pictures, for fed")
+    parser.add_argument("--reads", nargs="+", default=["cache", "files"], help="for fed")
+    parser.add_argument("--cards", default=",".join(CARDS_MIB), help="for cards")
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 64], help="for speed")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="32 x 32 pictures, few steps: a trial of the program")
@@ -109,9 +110,8 @@ def cases_of(group: str, args: argparse.Namespace) -> Iterator[tuple[dict[str, A
             if args.device != "cuda":
                 how["graphs"] = False
             yield fed | how, here
-            if args.data:
-                yield fed | how | {"data": str(args.data), "read": "cache"}, here
-                yield fed | how | {"data": str(args.data), "read": "files"}, here
+            for read in args.reads if args.data else ():
+                yield fed | how | {"data": str(args.data), "read": read}, here
     elif group == "scaling":
         many = base | {"batch": 16 if args.tiny else 256, "kind": "zerofit"}
         precision = "bf16" if args.device == "cuda" else "fp32"
@@ -124,7 +124,8 @@ def cases_of(group: str, args: argparse.Namespace) -> Iterator[tuple[dict[str, A
 
 
 def card_cases(base: dict[str, Any], args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
-    """For each card and recipe the predicted largest micro-batch; then larger ones until one fails."""
+    """For each card and recipe the largest micro-batch that fits; then the largest that fits tightly; then a tenth
+    more, which should not."""
     from ballast import ballast
     from zerofit.config.load import load_config
     from zerofit.planning.described import Description, described_hardware
@@ -133,25 +134,26 @@ def card_cases(base: dict[str, Any], args: argparse.Namespace) -> Iterator[tuple
 
     config = load_config(None, "animals90", [("model.input_size", str(base["size"]))]).config
     here = probe(Path(), None)
-    for card, free in CARDS_MIB.items():
-        described = described_hardware(Description(gpu="h200", gpu_memory=f"{free}MiB"), here)
-        with ballast(free) if args.device == "cuda" else nullcontext():
-            for recipe in recipes(config, described):
-                plan = recipe.candidate.plan
-                case = base | {"kind": "zerofit", "card": card, "recipe": recipe.name, "precision": plan.precision,
-                               "strategy": plan.strategy, "offload": plan.offload, "predicted": recipe.micro_batch,
-                               "predicted_driver_bytes": recipe.candidate.peak_bytes, "batch": recipe.micro_batch,
-                               "checkpoint": plan.activation_checkpointing_every, "steps": 5, "warm_up": 3,
-                               "bucket": plan.zero.reduce_bucket_elements, "classes": 90}  # fmt: skip
-                if recipe.micro_batch:
-                    for share in (1.0, 1.05, 1.1, 1.2, 1.35, 1.5):
-                        yield case | {"batch": max(int(recipe.micro_batch * share), recipe.micro_batch)}, nullcontext()
-                        if case_status.get("last") != "ok":
-                            break
-
-
-#: Outcome of the case before: a card's larger batches are tried until one fails.
-case_status: dict[str, str] = {}
+    found = {
+        card: recipes(config, described_hardware(Description(gpu="h200", gpu_memory=f"{free}MiB"), here))
+        for card, free in CARDS_MIB.items()
+    }
+    for said in ("fits", "tight", "too large"):
+        for card in args.cards.split(","):
+            with ballast(CARDS_MIB[card]) if args.device == "cuda" else nullcontext():
+                for recipe in found[card]:
+                    plan, most = recipe.candidate.plan, recipe.tight_micro_batch
+                    if not most:
+                        continue
+                    sizes = {"fits": recipe.micro_batch, "tight": most, "too large": int(most * 1.1) + 1}
+                    yield base | {
+                        "kind": "zerofit", "card": card, "recipe": recipe.name, "said": said, "batch": sizes[said],
+                        "precision": plan.precision, "strategy": plan.strategy, "offload": plan.offload,
+                        "fits": recipe.micro_batch, "tight": most,
+                        "predicted_driver_bytes": recipe.candidate.peak_bytes,
+                        "checkpoint": plan.activation_checkpointing_every, "steps": 5, "warm_up": 3,
+                        "bucket": plan.zero.reduce_bucket_elements, "classes": 90,
+                    }, nullcontext()  # fmt: skip
 
 
 def outcome_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -166,14 +168,14 @@ def outcome_of(case: dict[str, Any]) -> dict[str, Any]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=CASE_SECONDS, check=False)
         except subprocess.TimeoutExpired:
-            case_status["last"] = "timeout"
             return {"status": "timeout"}
         if result.exists():
-            case_status["last"] = "ok"
             return {"status": "ok", **json.loads(result.read_text(encoding="utf-8"))}
         memory = "out of memory" in (done.stdout + done.stderr).lower()
-        case_status["last"] = "out_of_memory" if memory else "failed"
-        return {"status": case_status["last"], "end": "" if memory else (done.stdout + done.stderr)[-800:]}
+        return {
+            "status": "out_of_memory" if memory else "failed",
+            "end": "" if memory else (done.stdout + done.stderr)[-800:],
+        }
 
 
 def run_case(case: dict[str, Any]) -> None:
@@ -307,8 +309,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """A line for each case that ran."""
     lines = []
     for row in rows:
-        words = [row["group"], row["kind"], row.get("card", ""), row["precision"], row.get("strategy", ""),
-                 row.get("offload", ""), f"compile {row['compile']}" if row.get("compile") else "",
+        words = [row["group"], row["kind"], row.get("card", ""), row.get("said", ""), row["precision"],
+                 row.get("strategy", ""), row.get("offload", ""),
+                 f"compile {row['compile']}" if row.get("compile") else "",
                  "CUDA graphs" if row.get("graphs") else "", f"from {row['read']}" if row.get("data") else "",
                  f"batch {row['batch']} x {row['ranks']}"]  # fmt: skip
         rate = f"{row['images_per_second']:,.0f} images/s" if "images_per_second" in row else row["status"]

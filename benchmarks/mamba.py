@@ -42,6 +42,7 @@ ZERO2, ZERO3 = {"strategy": "zero2"}, {"strategy": "zero3"}
 LOW_BIT = {"optimizer": {"state": "8bit", "master": "bf16"}}
 BF16_STATES = {"optimizer": {"state": "bf16", "master": "bf16"}}
 CARD = {"card": True, "residual_in_fp32": False}
+ON_CPU = {"offload": "cpu", "tight": True, "warm_up": 1, "steps": 3}
 
 
 def _scaled(gpus: int, **more: Any) -> dict[str, Any]:
@@ -80,12 +81,13 @@ CASES: dict[str, dict[str, Any]] = {
     "24gb-fsdp2-low-bit-full": {"strategy": "fsdp2", "recompute": "full", **CARD, **LOW_BIT},
     "24gb-fsdp2-bf16-states-full": {"strategy": "fsdp2", "recompute": "full", **CARD, **BF16_STATES},
     "24gb-zero3-low-bit-full": {**ZERO3, "recompute": "full", "tight": True, **CARD, **LOW_BIT},
-    "24gb-zero2-cpu": {**ZERO2, "recompute": "full", "offload": "cpu", "tight": True, "steps": 4, **CARD},
-    "24gb-zero3-cpu": {**ZERO3, "recompute": "selective", "offload": "cpu", "tight": True, "steps": 4, **CARD},
+    "24gb-zero2-cpu": {**ZERO2, "recompute": "full", **ON_CPU, **CARD},
+    "24gb-zero3-cpu": {**ZERO3, "recompute": "selective", **ON_CPU, **CARD},
     # Scale at 1.4B, 4 samples of 2048 tokens a GPU and step; four times as many; and other buckets.
     **{f"scale-{n}": _scaled(n) for n in (1, 2, 4)},
     **{f"scale-accumulated-{n}": _scaled(n, accumulation=4) for n in (1, 2, 4)},
     **{f"scale-compiled-{n}": {**_scaled(n), "compile": True, "recompute": "none"} for n in (1, 2, 4)},
+    **{f"scale-compiled-2-{n}-ctas": {**_scaled(2), "compile": True, "recompute": "none", "ctas": n} for n in (4, 32)},
     **{f"scale-4-buckets-{mb}": _scaled(4, bucket_mb=mb) for mb in (100, 400)},
     # The table.
     **{
@@ -278,13 +280,14 @@ def run_case(args: argparse.Namespace) -> None:
     if cuda:
         torch.cuda.reset_peak_memory_stats()  # what was reserved stays, and so counts
     synchronize: Callable[[], None] = torch.cuda.synchronize if cuda else (lambda: None)
-    for index in range(WARM_UP + case.get("steps", STEPS)):
+    warm_up = case.get("warm_up", WARM_UP)
+    for index in range(warm_up + case.get("steps", STEPS)):
         synchronize()
         started = time.perf_counter()
         losses.append(float(step(index)))
         synchronize()
         times.append(time.perf_counter() - started)
-    seconds = statistics.median(times[WARM_UP:])
+    seconds = statistics.median(times[warm_up:])
     timeline = {}
     if args.profile and cuda:
         from timeline import profiled

@@ -285,7 +285,8 @@ def print_recipes(console: Console, found: Sequence[Recipe], batch: int) -> None
             continue
         most = f"{recipe.micro_batch}{' or more' if recipe.micro_batch == MOST_SAMPLES else ''}"
         reached = f"batch {batch} in one pass" if steps == 1 else f"batch {batch} as {batch // steps} x {steps}"
-        _say(console, f"  {recipe.name}: {most} ({peak}); {reached}")
+        tight = f", {recipe.tight_micro_batch} tightly" if recipe.tight_micro_batch > recipe.micro_batch else ""
+        _say(console, f"  {recipe.name}: {most} ({peak}){tight}; {reached}")
 
 
 def recipes_json(found: Sequence[Recipe]) -> list[dict[str, Any]]:
@@ -294,6 +295,7 @@ def recipes_json(found: Sequence[Recipe]) -> list[dict[str, Any]]:
         {
             "name": recipe.name,
             "micro_batch": recipe.micro_batch,
+            "tight_micro_batch": recipe.tight_micro_batch,
             "gpu_driver_bytes": recipe.candidate.peak_bytes,
             "gpu_peak_bytes": recipe.candidate.memory.allocated_bytes,
             "strategy": recipe.candidate.plan.strategy,

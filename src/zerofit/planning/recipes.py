@@ -23,11 +23,13 @@ class Recipe:
         name: for people.
         micro_batch: the largest that fits; 0: not even one sample does.
         candidate: at that micro-batch; the one of a single sample when nothing fits.
+        tight_micro_batch: the largest that fits when PyTorch gives back what it holds in reserve, which takes time.
     """
 
     name: str
     micro_batch: int
     candidate: Candidate
+    tight_micro_batch: int
 
     def accumulation_for(self, batch: int) -> int | None:
         """Micro-steps that come to `batch` samples; None when nothing fits."""
@@ -63,4 +65,5 @@ def _recipe(config: Config, hardware: Hardware, name: str, precision: Precision,
 
     sizes = range(1, MOST_SAMPLES + 1)
     largest = bisect_left(sizes, True, key=lambda samples: not candidate(samples).fits)
-    return Recipe(name, largest, candidate(max(largest, 1)))
+    most = bisect_left(sizes, True, lo=largest, key=lambda samples: not builder.squeeze(candidate(samples)).fits)
+    return Recipe(name, largest, candidate(max(largest, 1)), most)
