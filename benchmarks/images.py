@@ -413,7 +413,7 @@ def timed_stages() -> dict[str, list[float]]:
 
     found: dict[str, list[float]] = {}
     for owner, name in (
-        (Processes, "_take"), (Processes, "_ask"), (GpuFilesReader, "_taken"), (GpuFilesReader, "_decode_jpegs"),
+        (Processes, "_take"), (Processes, "_ask"), (GpuFilesReader, "_copied"), (GpuFilesReader, "_decode_jpegs"),
         (GpuFilesReader, "_laid_out"),
     ):  # fmt: skip
         taken = found.setdefault(f"{owner.__name__}.{name}", [])

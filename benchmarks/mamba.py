@@ -87,7 +87,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"scale-{n}": _scaled(n) for n in (1, 2, 4)},
     **{f"scale-accumulated-{n}": _scaled(n, accumulation=4) for n in (1, 2, 4)},
     **{f"scale-compiled-{n}": {**_scaled(n), "compile": True, "recompute": "none"} for n in (1, 2, 4)},
-    **{f"scale-compiled-2-{n}-ctas": {**_scaled(2), "compile": True, "recompute": "none", "ctas": n} for n in (4, 32)},
+    **{f"scale-compiled-2-{n}-ctas": {**_scaled(2), "compile": True, "recompute": "none", "ctas": n} for n in (4, 8)},
     **{f"scale-4-buckets-{mb}": _scaled(4, bucket_mb=mb) for mb in (100, 400)},
     # The table.
     **{

@@ -15,8 +15,8 @@ import torch
 
 from pictures import draw, write_animals, write_folder
 from zerofit.config.images import ImageDataConfig
-from zerofit.data.images import gpu_files, readers
 from zerofit.data.images import loader as loader_module
+from zerofit.data.images import readers
 from zerofit.data.images.ahead import Ahead
 from zerofit.data.images.dataset import ImageDataset, open_images
 from zerofit.data.images.gpu_files import GpuFilesReader, nvjpeg
@@ -24,7 +24,7 @@ from zerofit.data.images.loader import ImageEvaluation, ImageLoader, ReadPlan
 from zerofit.data.images.processes import Processes
 from zerofit.data.images.readers import CanvasReader
 from zerofit.data.images.store import ImageStore
-from zerofit.data.images.work import ENCODED, FULL, KEPT, Canvases, WholeFiles
+from zerofit.data.images.work import Canvases, WholeFiles
 from zerofit.data.loader import IGNORE, Share
 from zerofit.data.prepare.images import prepare_images
 from zerofit.errors import DataError, ZerofitError
@@ -171,36 +171,6 @@ def test_large_files_are_shrunk_and_bad_ones_go_to_pillow(prepared: Path) -> Non
     reader.close()
     for number, pixels, (height, width, _) in zip(dataset.numbers, canvas, sizes.tolist(), strict=True):
         assert (pixels[:height, :width].numpy() == dataset.store.pixels(int(number))).all()
-
-
-def test_processes_decode_a_share_of_the_jpegs_to_the_same_pictures(
-    prepared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whichever decodes, a picture is turned and laid out the same; always the same pictures, whatever the batch."""
-    monkeypatch.setattr(gpu_files, "BUSY_PROCESSES", 0)
-    monkeypatch.setattr(gpu_files, "MAX_CPU_SHARE", 0.5)
-    dataset = _dataset(prepared)
-    alone = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=0)
-    monkeypatch.setattr(gpu_files, "SHARE_A_PROCESS", 0.25)
-    both = GpuFilesReader(dataset.store, CPU, _with_pillow, workers=2)
-    kinds = both._work.kinds(dataset.numbers)
-    assert set(kinds.tolist()) == {ENCODED, FULL, KEPT}
-    assert set(alone._work.kinds(dataset.numbers).tolist()) == {ENCODED}
-    assert both._work.kinds(dataset.numbers[::-1]).tolist() == kinds.tolist()[::-1]
-    batches = [dataset.numbers, dataset.numbers[::-1][:5]]
-    for numbers, mine, true in zip(batches, both.batches(batches), alone.batches(batches), strict=True):
-        for number, *found in zip(numbers, *mine, *true, strict=True):
-            (height, width, transposed), expected = found[1].tolist(), found[3].tolist()
-            large = min(dataset.store.index[number][["source_height", "source_width"]].tolist()) > 48
-            if large and both._work.kinds(np.array([number]))[0] == KEPT:  # shrunk by half of it, and as in the cache
-                assert [height, width] == [24, 24]
-                kept = dataset.store.pixels(int(number))
-                assert (found[0][:height, :width].numpy() == kept).all()
-            else:
-                assert [height, width, transposed] == expected
-                assert torch.equal(found[0][:height, :width], found[2][:height, :width])
-    both.close()
-    alone.close()
 
 
 def test_bytes_stay_while_they_are_decoded(prepared: Path) -> None:

@@ -17,11 +17,6 @@ from torch.distributed.rendezvous import rendezvous
 from ..planning.plan import Plan
 from ..types import World
 
-#: Multiprocessors that a collective may take under strategies whose collectives overlap with computing, on one node:
-#: NCCL's own choice (24 and more on NVLink) takes them from the kernels beside it, and none of the collectives has to
-#: end soon. ``NCCL_MAX_CTAS`` in the environment decides otherwise.
-OVERLAPPED_CTAS = 8
-
 
 def launcher_store() -> dist.Store | None:
     """The rendezvous store of whoever started the ranks (``zerofit train``, torchrun, ``deepspeed``, srun with
@@ -30,10 +25,6 @@ def launcher_store() -> dist.Store | None:
         return None
     store: dist.Store = next(rendezvous("env://"))[0]
     return store
-
-
-def _ranks_of_this_node() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -55,8 +46,6 @@ def open_world(plan: Plan, store: dist.Store | None = None) -> Iterator[World]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     grouped = world_size > 1 or plan.strategy.startswith(("zero", "fsdp"))
-    if device.type == "cuda" and plan.strategy in ("ddp", "fsdp2") and world_size == _ranks_of_this_node():
-        os.environ.setdefault("NCCL_MAX_CTAS", str(OVERLAPPED_CTAS))
     if grouped:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ ORIENTATION_TAG = 0x0112
 #: Longest side kept, in shorter sides; what a panorama has beyond it is cut off evenly at both ends.
 MAX_ASPECT = 2.0
 Pixels = NDArray[np.uint8]
-T = TypeVar("T")
 
 
 class BadPicture(Exception):
@@ -37,10 +36,6 @@ class Limits:
 
     min_side: int
     max_pixels: int
-
-
-#: What the accepted files were checked with no longer matters when they are read again.
-ANYTHING = Limits(min_side=1, max_pixels=1 << 62)
 
 
 @dataclass(frozen=True)
@@ -141,25 +136,11 @@ def decode(data: bytes, size: int, limits: Limits, resize: Resize = resize_with_
     Raises:
         BadPicture: unreadable, truncated, too small or too large.
     """
-    return _named(data, limits, lambda pil: _decode(pil, data, size, limits, resize))
-
-
-def decode_whole(data: bytes) -> Pixels:
-    """(height, width, 3) uint8 as they lie in the file: neither turned nor shrunk.
-
-    Raises:
-        BadPicture: unreadable or truncated.
-    """
-    return _named(data, ANYTHING, lambda pil: np.asarray(to_rgb(pil, pil.open(io.BytesIO(data), formats=FORMATS))))
-
-
-def _named(data: bytes, limits: Limits, call: Callable[[Any], T]) -> T:
-    """`call` with ``PIL.Image``; what goes wrong with a picture as `BadPicture`."""
     pil = import_pillow()
     if not data:
         raise BadPicture("empty file")
     try:
-        return call(pil)
+        return _decode(pil, data, size, limits, resize)
     except BadPicture:
         raise
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import tee
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,20 +18,16 @@ from ..order import Indices
 from .ahead import Ahead
 from .decode import MAX_ASPECT, import_pillow
 from .processes import Processes
-from .readers import page_lock, parts, unlock
+from .readers import parts
 from .store import ImageStore
-from .work import ENCODED, FULL, KEPT, WholeFiles, decode_here, in_order
+from .work import WholeFiles, decode_here
 
 _log = logging.getLogger(__name__)
 
 #: Files that a process hands over together, and bytes above which it hands over fewer.
-READ_TOGETHER, READ_BYTES = 64, 8 << 20
-#: Processes that keep up with a GPU's decoder when they only read; decoding takes all that there are.
+READ_TOGETHER, READ_BYTES = 64, 4 << 20
+#: Processes that keep up with a GPU's decoder when they only read; decoding what is no JPEG takes all that there are.
 READING_PROCESSES = 4
-#: Of the JPEGs, the share that processes decode: this much for each process beyond the first few, which the training
-#: and the reading keep busy, and no more than a third. While a GPU trains at full load its decoder, whose last step is
-#: a short kernel a picture, falls to half its speed; the cores have nothing else to do.
-SHARE_A_PROCESS, BUSY_PROCESSES, MAX_CPU_SHARE = 1 / 36, 4, 1 / 3
 #: Batches whose bytes are held: on the device, being decoded, waiting, and in the making.
 BUFFERS = 4
 #: Bytes of a picture from which the kernel's 32-bit distances end.
@@ -69,12 +64,6 @@ def nvjpeg(device: torch.device) -> GpuDecoder | None:
     return decoder
 
 
-@cache
-def _taking(device: torch.device) -> Any:
-    """The stream on which pixels come. One for all readers of a process, and not the one that waits for the decoder."""
-    return torch.cuda.Stream(device, priority=-1)
-
-
 def _small_jpeg() -> bytes:
     import io
 
@@ -90,8 +79,7 @@ class GpuFilesReader:
     by the augmentation, which filters as it shrinks. So pixels differ a little from the cache's.
 
     Files are read in processes, not in threads: opening and reading hundreds a batch would keep the interpreter's lock
-    busy, which the training needs for every kernel that it starts. With many cores they decode a share of the JPEGs,
-    too, in full size; which pictures these are depends on `workers` and on nothing that changes in a run.
+    busy, which the training needs for every kernel that it starts.
 
     Args:
         decoder: see `nvjpeg`.
@@ -103,26 +91,22 @@ class GpuFilesReader:
         self, store: ImageStore, device: torch.device, decoder: GpuDecoder, workers: int, prefetch_factor: int = 2
     ) -> None:
         self.store, self.device, self.decoder = store, device, decoder
-        share = min(max(workers - BUSY_PROCESSES, 0) * SHARE_A_PROCESS, MAX_CPU_SHARE)
-        self._work = WholeFiles(store, share)
-        only_read = share == 0 and bool(store.index["plain_jpeg"].all())
-        readers = min(workers, READING_PROCESSES) if only_read else workers
-        self._files = Processes(self._work, readers, prefetch_factor, READ_BYTES)
-        on_gpu = device.type == "cuda"
-        self._locked = [memory for memory in self._files.memories if on_gpu and not only_read and page_lock(memory)]
+        only_jpegs = bool(store.index["plain_jpeg"].all())
+        readers = min(workers, READING_PROCESSES) if only_jpegs else workers
+        self._files = Processes(WholeFiles(store), readers, prefetch_factor, READ_BYTES)
         self._buffers: dict[tuple[int, int], NDArray[np.uint8]] = {}
         self.size = int(store.meta["request"]["cache_size"])
         self._told = False
 
     def batches(self, numbers: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
         on_gpu = self.device.type == "cuda"
-        here, taking = (torch.cuda.current_stream(self.device), _taking(self.device)) if on_gpu else (None, None)
+        stream = torch.cuda.current_stream(self.device) if on_gpu else None  # of this thread; the other one joins it
 
-        def inside(stream: Any) -> Callable[[], AbstractContextManager[object]]:
-            return lambda: torch.cuda.stream(stream) if on_gpu else nullcontext()
+        def inside() -> AbstractContextManager[object]:
+            return torch.cuda.stream(stream) if on_gpu else nullcontext()
 
         # Three threads, which mostly wait: one takes bytes, one calls the decoder, this one lays out.
-        ahead = Ahead(self._decoded(Ahead(self._encoded(numbers), 1, inside(taking))), 1, inside(here))
+        ahead = Ahead(self._decoded(Ahead(self._encoded(numbers), 1, inside)), 1, inside)
         try:
             while (batch := next(ahead, None)) is not None:
                 laid_out = self._laid_out(*batch)
@@ -142,57 +126,55 @@ class GpuFilesReader:
         """Each batch and its files as `_pixels_sent` gives them, taken from the processes while the last is decoded."""
         wanted, asked = tee(numbers)
         room = READ_BYTES * 3 // 4  # files differ in size
-        together = min(max(room // self._work.mean_bytes(), 1), READ_TOGETHER)
+        together = min(max(room // max(self.store.mean_file_bytes, 1), 1), READ_TOGETHER)
         pieces = self._files.pieces(part for batch in asked for part in parts(batch, together))
         for turn, batch in enumerate(wanted):
             encoded = []
             for place, part in enumerate(parts(batch, together)):
                 data, lengths = next(pieces)
-                encoded += self._taken(part, data, lengths, (turn % BUFFERS, place))
+                encoded += self._pixels_sent(part, self._copied(data, turn % BUFFERS, place), lengths)
             yield batch, encoded
 
-    def _taken(
-        self, numbers: Indices, data: NDArray[np.uint8], lengths: list[int], buffer: tuple[int, int]
-    ) -> list[Tensor]:  # fmt: skip
-        """What the GPU decodes, (n,) uint8 on the CPU; the pixels of anything else, (3, H, W) on the device."""
-        kinds, rows = self._work.kinds(numbers), self.store.index[numbers]
-        encoded = int((kinds == ENCODED).sum())
-        ends = sum(lengths[:encoded])
-        # Both copies have ended when the next piece is asked for, which may be written over this one.
-        there = torch.from_numpy(data[ends:]).to(self.device, copy=True)
-        parts = [*self._copied(data[:ends], buffer).split(lengths[:encoded]), *there.split(lengths[encoded:])]
-        heights = np.where(kinds == FULL, rows["source_height"], rows["height"]).tolist()
-        widths = np.where(kinds == FULL, rows["source_width"], rows["width"]).tolist()
-        found = list(parts)
-        for part, place in zip(parts, in_order(kinds).tolist(), strict=True):
-            encoded_still = kinds[place] == ENCODED
-            found[place] = part if encoded_still else part.view(heights[place], widths[place], 3).permute(2, 0, 1)
-        return found
-
-    def _copied(self, data: NDArray[np.uint8], place: tuple[int, int]) -> Tensor:
-        """In memory of this reader, which is used again `BUFFERS` batches later, when the decoder has done with it."""
-        buffer = self._buffers.get(place)
+    def _copied(self, data: NDArray[np.uint8], turn: int, place: int) -> Tensor:
+        """In memory of this reader, which is used again `BUFFERS` batches later, when the device has done with it."""
+        buffer = self._buffers.get((turn, place))
         if buffer is None or len(buffer) < len(data):
-            buffer = self._buffers[place] = np.empty(len(data) * 5 // 4, np.uint8)
+            buffer = self._buffers[turn, place] = np.empty(len(data) * 5 // 4, np.uint8)
         buffer[: len(data)] = data
         return torch.from_numpy(buffer[: len(data)])
+
+    def _pixels_sent(self, numbers: Indices, data: Tensor, lengths: list[int]) -> list[Tensor]:
+        """A JPEG's bytes, (n,) uint8 on the CPU; the pixels of anything else, (3, H, W) on the device."""
+        found = list(data.split(lengths))
+        rows = self.store.index[numbers]
+        others = np.flatnonzero(rows["plain_jpeg"] == 0).tolist()
+        if others:
+            there = data.to(self.device).split(lengths)
+            for place in others:
+                shape = int(rows["height"][place]), int(rows["width"][place]), 3
+                found[place] = there[place].view(shape).permute(2, 0, 1)
+        return found
 
     def _laid_out(
         self, numbers: Indices, encoded: list[Tensor], decoded: list[Tensor] | None
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Canvases and sizes on the device."""
-        rows, kinds = self.store.index[numbers], self._work.kinds(numbers)
-        pictures, from_gpu = list(encoded), iter(decoded or ())
-        for place in np.flatnonzero(kinds == ENCODED).tolist():
-            if decoded is None:
+        rows = self.store.index[numbers]
+        pictures = list(encoded)
+        jpegs = [place for place, data in enumerate(encoded) if data.ndim == 1]
+        turns = np.ones(len(numbers), np.int64)
+        if decoded is None:
+            for place in jpegs:
                 pixels = decode_here(self.store, int(numbers[place]))
                 pictures[place] = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)
-                kinds[place] = KEPT
-            else:
-                pictures[place] = next(from_gpu)
-        as_kept = kinds == KEPT
-        turns = np.where(as_kept, 1, rows["orientation"]).astype(np.int64)
+        else:
+            for place, picture in zip(jpegs, decoded, strict=True):
+                pictures[place] = picture
+            turns[jpegs] = rows["orientation"][jpegs]
         canvas, sizes = lay_out(pictures, turns, self.size, self.device)
+        as_kept = np.ones(len(numbers), bool)  # what Pillow decoded lies as in the cache
+        if decoded is not None:
+            as_kept[jpegs] = False
         sizes[as_kept, 2] = rows["transposed"][as_kept]
         there = torch.from_numpy(sizes).to(self.device, non_blocking=True)
         if self.device.type == "cuda":
@@ -215,7 +197,6 @@ class GpuFilesReader:
 
     def close(self) -> None:
         """End the processes."""
-        unlock(self._locked)
         self._files.close()
 
 

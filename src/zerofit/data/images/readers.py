@@ -92,7 +92,8 @@ class CanvasReader:
         return torch.empty(shape, dtype=torch.uint8, device=self.device, pin_memory=pin)
 
     def close(self) -> None:
-        unlock(self._locked)
+        while self._locked:
+            torch.cuda.cudart().cudaHostUnregister(self._locked.pop().ctypes.data)
         self._processes.close()
 
 
@@ -105,9 +106,3 @@ def page_lock(memory: Bytes) -> bool:
     with suppress(RuntimeError):  # the next kernel would report this call's error as its own
         torch.zeros(1, device="cuda")
     return False
-
-
-def unlock(memories: list[Bytes]) -> None:
-    """Undo `page_lock` of these, before they go; the list is empty afterwards."""
-    while memories:
-        torch.cuda.cudart().cudaHostUnregister(memories.pop().ctypes.data)

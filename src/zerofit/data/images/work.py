@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 
 from ...errors import DataError
 from ..order import Indices
-from .decode import ANYTHING, BadPicture, Pixels, decode, decode_whole, find_resize
+from .decode import BadPicture, Limits, Pixels, decode, find_resize
 from .store import ImageStore
+
+#: What the accepted files were checked with no longer matters when they are read again.
+ANYTHING = Limits(min_side=1, max_pixels=1 << 62)
 
 Bytes = NDArray[np.uint8]
 
@@ -62,52 +65,20 @@ class Canvases:
         return Filled([self.bytes_each] * len(numbers))
 
 
-#: What `WholeFiles` gives of a file: its bytes; its pixels, (source_height, source_width, 3), as they lie in it; or the
-#: pixels, (height, width, 3), that the cache would hold.
-ENCODED, FULL, KEPT = range(3)
-
-
 @dataclass(frozen=True)
 class WholeFiles:
-    """Files for a GPU's decoder, first of all that it is to decode, then pixels of the others.
-
-    Attributes:
-        cpu_share: of the JPEGs that the GPU could decode, how many are decoded here. Which is a function of the
-            picture's number alone, so that it always looks the same.
-    """
+    """A JPEG's bytes; the pixels of anything else, as the cache would hold them."""
 
     store: ImageStore
-    cpu_share: float = 0.0
-
-    def kinds(self, numbers: Indices) -> NDArray[np.uint8]:
-        """`ENCODED`, `FULL` or `KEPT`, each. What is more than twice as large as the cache's is shrunk here."""
-        rows, size = self.store.index[numbers], self.store.meta["request"]["cache_size"]
-        jpeg = rows["plain_jpeg"] == 1
-        here = numbers * 2654435761 % 2**32 < self.cpu_share * 2**32  # Knuth's multiplicative hash
-        large = np.minimum(rows["source_height"], rows["source_width"]) > 2 * size
-        return np.where(jpeg & ~here, ENCODED, np.where(jpeg & ~large, FULL, KEPT)).astype(np.uint8)
-
-    def mean_bytes(self) -> int:
-        """Of a file that is handed over, about."""
-        index = self.store.index
-        kinds = self.kinds(np.arange(len(index)))
-        sides = np.where(kinds == FULL, index["source_height"], index["height"]).astype(np.int64)
-        pixels = 3 * sides * np.where(kinds == FULL, index["source_width"], index["width"])
-        return int(np.where(kinds == ENCODED, self.store.mean_file_bytes, pixels).mean()) + 1
 
     def __call__(self, numbers: Indices, memory: Bytes) -> Filled:
         """
         Raises:
             DataError: a file has changed since it was prepared.
         """
-        found, kinds = [], self.kinds(numbers)
-        for place in in_order(kinds).tolist():
-            number = int(numbers[place])
-            if kinds[place] == ENCODED:
-                found.append(self._bytes(number))
-            else:
-                pixels = self._full(number) if kinds[place] == FULL else decode_here(self.store, number)
-                found.append(pixels.reshape(-1))
+        found = []
+        for number, jpeg in zip(numbers.tolist(), self.store.index["plain_jpeg"][numbers].tolist(), strict=True):
+            found.append(self._bytes(number) if jpeg else decode_here(self.store, number).reshape(-1))
         lengths = [len(data) for data in found]
         if sum(lengths) > len(memory):
             return Filled(lengths, np.concatenate(found))
@@ -120,26 +91,6 @@ class WholeFiles:
             return np.frombuffer(Path(path).read_bytes(), np.uint8)
         except OSError as error:
             raise DataError(f"{path} cannot be read any more ({error.strerror}).") from error
-
-    def _full(self, number: int) -> Pixels:
-        record = self.store.index[number]
-        try:
-            pixels = decode_whole(self._bytes(number).tobytes())
-        except BadPicture as error:
-            raise _changed(self.store, number, str(error)) from error
-        if pixels.shape != (record["source_height"], record["source_width"], 3):
-            raise _changed(self.store, number)
-        return pixels
-
-
-def in_order(kinds: NDArray[np.uint8]) -> Indices:
-    """The places of a piece's files in the order in which they are handed over: what is encoded first."""
-    return np.argsort(kinds != ENCODED, kind="stable")
-
-
-def _changed(store: ImageStore, number: int, why: str = "") -> DataError:
-    words = f"cannot be read any more ({why})" if why else "has changed since it was prepared"
-    return DataError(f"{store.paths[number]} {words}. Prepare the pictures again with --force.")
 
 
 def decode_file(store: ImageStore, number: int, out: Pixels) -> None:
@@ -154,10 +105,12 @@ def decode_file(store: ImageStore, number: int, out: Pixels) -> None:
     try:
         pixels = decode(Path(path).read_bytes(), store.meta["request"]["cache_size"], ANYTHING, resize).pixels
     except (OSError, BadPicture) as error:
-        raise _changed(store, number, str(error)) from error
+        raise DataError(
+            f"{path} cannot be read any more ({error}). Prepare the pictures again with --force."
+        ) from error
     height, width = int(record["height"]), int(record["width"])
     if pixels.shape[:2] != (height, width):
-        raise _changed(store, number)
+        raise DataError(f"{path} has changed since it was prepared. Prepare the pictures again with --force.")
     out[:height, :width] = pixels
 
 
