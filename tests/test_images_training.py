@@ -23,8 +23,10 @@ from zerofit.config.models import ResNetConfig
 from zerofit.config.schema import Config
 from zerofit.errors import CheckpointError, ConfigError, DataError
 from zerofit.models.resnet import SPEC
+from zerofit.planning.calibration import constants
 from zerofit.planning.described import Description, described_hardware
 from zerofit.planning.hardware import Hardware, probe
+from zerofit.planning.memory import fits_within
 from zerofit.planning.recipes import recipes
 from zerofit.planning.template import Alloc, Backward, Free, compose
 from zerofit.planning.trace import direct_events, trace_template
@@ -228,10 +230,28 @@ def test_recipes_are_ordered_by_what_they_save() -> None:
     assert 0 < largest["fp32"] < largest["fp16"] <= largest["fp16, activation_checkpointing full"]
     for recipe in found:
         assert recipe.candidate.fits
+        assert recipe.tight_micro_batch >= recipe.micro_batch
         steps = recipe.accumulation_for(64)
         assert steps is not None
         assert 64 % steps == 0
         assert 64 // steps <= recipe.micro_batch
+
+
+def test_recipes_say_what_fits_tightly() -> None:
+    """Where PyTorch gives back what it holds in reserve, and no further."""
+    config: Config = load_config(None, "animals90", [("model.input_size", "224")]).config
+    card = small_card(1.9)
+    for recipe in recipes(config, card):
+        assert recipe.tight_micro_batch > recipe.micro_batch > 0
+        fits = {
+            samples: fits_within(
+                recipe.candidate.plan.model_copy(update={"micro_batch": samples}),
+                recipe.candidate.limit_bytes,
+                constants(card),
+            )
+            for samples in (recipe.tight_micro_batch, recipe.tight_micro_batch + 1)
+        }
+        assert list(fits.values()) == [True, False]
 
 
 # ------------------------------------------------------------------------------------------------ from end to end

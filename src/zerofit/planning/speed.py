@@ -23,19 +23,23 @@ PRODUCT_SHARE = 0.88
 HALF_WIDTH, HALF_TOKENS, REFERENCE_FLOPS = 343.0, 250.0, 790e12
 #: Flash attention's share of the large-matrix rate, and its backward pass against its forward (it recomputes).
 ATTENTION_SHARE, ATTENTION_BACKWARD = 0.40, 2.5
-#: Seconds that a selective scan takes for one state of one channel and token, each way, on the reference GPU: 0.414 and
-#: 1.358 ms for 4096 tokens, 9728 channels, 16 states in bf16 (H200, 2026-11-21). Bound by exponentials and shared
-#: memory, so on other GPUs it is taken to follow their arithmetic rate.
-SCAN_SECONDS, SCAN_BACKWARD_SECONDS = 6.5e-13, 2.13e-12
+#: Seconds that a selective scan takes for one state of one channel and token, each way, on the reference GPU; inside
+#: training steps 0.46 and 1.16 ms for 4096 tokens, 9728 channels and 16 states in bf16, 0.27 and 0.83 ms for 8192
+#: tokens and 4096 channels (H200, 2026-11-22). Bound by exponentials and shared memory, so on other GPUs it is taken to
+#: follow their arithmetic rate.
+SCAN_SECONDS, SCAN_BACKWARD_SECONDS = 6.2e-13, 1.75e-12
 #: Elementwise traffic against compiled, fused kernels; bytes a logit moves: written, read by the softmax, its
 #: gradient written and read; eager keeps an fp32 copy as well.
 EAGER_TRAFFIC, LOGIT_BYTES = 1.2, {"eager": 34, "compiled": 16}
 #: Bytes the optimizer's step moves a parameter: AdamW in one pass over flat fp32 masters reads the gradient, reads and
 #: writes master and moments, writes the compute copy (28), and the norm reads the gradient (2); in full fp32 32.
-#: Counted. The rows that the other constants were fitted to ran a step that gathered gradients first, and took 27 ms
-#: for 1.73e9 parameters on an H200 where this counts 12: the others hold the difference until one pass is measured.
+#: An H200 took 12.9 to 13.4 ms for 1.71e9 parameters, the norm apart. The rows of GPT-2 XL that the other constants
+#: were fitted to ran a step that gathered gradients first and took 23 ms: those constants hold the difference.
 #: DeepSpeed's step around the same kernel takes as long as 190 (fitted: 252 against 184 ms on one GPU).
 ADAM_BYTES, ADAM_FP32_BYTES, ZERO_STEP_BYTES = 30, 32, 190
+#: Seconds a parameter at least where moments have 8 bits, for finding their codes (20.8 ms for 1.71e9 parameters on an
+#: H200); arithmetic, so in proportion on other GPUs.
+CODES_SECONDS = 1.22e-11
 #: AdamW on the CPU: gradient, master and moments read, master and moments written, in fp32.
 CPU_ADAM_BYTES = 28
 #: Seconds of the launching process: a kernel, a parameter's hook under DDP and under ZeRO-1/2, a module's gathering
@@ -65,7 +69,7 @@ FORMULAS = (
      "rate: measured or data sheet; 0.88, c0, m0 fitted on H200 (docs/experiments.md)"),
     ("attention", "2 L C T x M FLOPs forward (causal half), 2.5 times that backward, over 0.40 x matrix rate",
      "Dao 2023 (FlashAttention-2), section 4.1; 0.40 fitted"),
-    ("selective scan", "0.65 ps a token, channel and state forward and 2.13 ps backward at 790 TFLOP/s, more in "
+    ("selective scan", "0.62 ps a token, channel and state forward and 1.75 ps backward at 790 TFLOP/s, more in "
      "proportion on slower GPUs", "measured on H200"),
     ("elementwise", "18 x C x L x M x h bytes forward (Mamba: 10 x C + 2 x D instead of 18 x C), twice that backward "
      "(x 1.2 eager), 16 bytes a logit (34 eager), over memory bandwidth",
@@ -83,8 +87,8 @@ FORMULAS = (
      "Rajbhandari et al. 2020, section 7; the sources of DeepSpeed 0.19.8 and PyTorch; 0.6, 0.95 and 0.7 fitted, the "
      "others assumed"),
     ("optimizer", "30 bytes a parameter (28 AdamW in one pass, 2 the norm); ZeRO 190 and FSDP2 30 bytes a parameter of "
-     "the rank's 1/N",
-     "30 counted, 190 fitted"),
+     "the rank's 1/N; with 8-bit moments 12.2 ps a parameter at 790 TFLOP/s at least",
+     "30 counted, the others measured on H200"),
     ("offload", "gradients to the host hP/N each micro-step, AdamW there 28P/N bytes a rank at the node's rate, "
      "parameters back hP/N; with parameters offloaded, hP/N in for each pass", "measured on H200: 51 and 37 GB/s, "
      "84 GB/s a node for AdamW"),
@@ -293,6 +297,8 @@ def _optimizer_seconds(plan: Plan, found: Rates) -> float:
     usual = ADAM_BYTES if plan.mixed else ADAM_FP32_BYTES
     share = plan.world_size if plan.strategy == "fsdp2" else 1
     seconds = (usual + more) * plan.parameters / share / found.bandwidth
+    if plan.optimizer.state == "8bit":
+        seconds = max(seconds, CODES_SECONDS * plan.parameters / share * REFERENCE_FLOPS / found.matrix_flops)
     return seconds + orthogonal_flops(plan) / (PRODUCT_SHARE * found.matrix_flops)
 
 
