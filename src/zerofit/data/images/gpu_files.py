@@ -94,7 +94,7 @@ class GpuFilesReader:
         only_jpegs = bool(store.index["plain_jpeg"].all())
         readers = min(workers, READING_PROCESSES) if only_jpegs else workers
         self._files = Processes(WholeFiles(store), readers, prefetch_factor, READ_BYTES)
-        self._buffers: dict[tuple[int, int], NDArray[np.uint8]] = {}
+        self._buffers: dict[tuple[int, int], Tensor] = {}
         self.size = int(store.meta["request"]["cache_size"])
         self._told = False
 
@@ -136,12 +136,15 @@ class GpuFilesReader:
             yield batch, encoded
 
     def _copied(self, data: NDArray[np.uint8], turn: int, place: int) -> Tensor:
-        """In memory of this reader, which is used again `BUFFERS` batches later, when the device has done with it."""
+        """In page-locked memory of this reader, which is used again `BUFFERS` batches later, when the decoder has done
+        with it."""
         buffer = self._buffers.get((turn, place))
         if buffer is None or len(buffer) < len(data):
-            buffer = self._buffers[turn, place] = np.empty(len(data) * 5 // 4, np.uint8)
-        buffer[: len(data)] = data
-        return torch.from_numpy(buffer[: len(data)])
+            on_gpu = self.device.type == "cuda"
+            buffer = torch.empty(len(data) * 5 // 4, dtype=torch.uint8, pin_memory=on_gpu)
+            self._buffers[turn, place] = buffer
+        buffer.numpy()[: len(data)] = data
+        return buffer[: len(data)]
 
     def _pixels_sent(self, numbers: Indices, data: Tensor, lengths: list[int]) -> list[Tensor]:
         """A JPEG's bytes, (n,) uint8 on the CPU; the pixels of anything else, (3, H, W) on the device."""
