@@ -27,6 +27,7 @@ from zerofit.data.images.store import ImageStore, check_images, images_fingerpri
 from zerofit.data.images.work import decode_file
 from zerofit.data.prepare import images as prepare_module
 from zerofit.data.prepare.images import PreparedImages, prepare_images
+from zerofit.data.prepare.lock import only_one
 from zerofit.errors import DataError, MissingDependency
 
 ANY = Limits(1, 10**9)
@@ -341,7 +342,7 @@ def test_a_folder_that_may_not_be_written_is_told(tmp_path: Path, monkeypatch: p
 
     root = write_folder(tmp_path / "in")
     monkeypatch.setattr(Path, "mkdir", refusing)
-    with pytest.raises(DataError, match=r"out cannot be written: .*out\.partial: Permission denied.*--out"):
+    with pytest.raises(DataError, match=r"out cannot be written to .*Permission denied.*--out"):
         _prepare(root, tmp_path / "out")
 
 
@@ -682,3 +683,13 @@ def test_command_line(tmp_path: Path) -> None:
     assert {row["class"] for row in shown["shown"]} <= {"cat", "dog"}
     refused = _command("data", "prepare", "images", str(tmp_path / "nowhere"))
     assert (refused.returncode, "no such folder" in refused.stderr) == (2, True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files that are open cannot be replaced there anyway")
+def test_one_preparation_of_a_folder_at_a_time(tmp_path: Path) -> None:
+    config = ImageDataConfig(path=tmp_path / "out", prepare=(str(write_folder(tmp_path / "in")),), cache_size=16)
+    with only_one(config.path), pytest.raises(DataError, match="being prepared by another process"):
+        prepare_images(config)
+    assert not (tmp_path / "out").exists()
+    assert prepare_images(config).made_now
+    assert not list(tmp_path.glob(".out*"))

@@ -14,7 +14,6 @@ number of processes nor on interruptions. What was finished before a kill is kep
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 import shutil
@@ -38,6 +37,7 @@ from ..tokenizers import (
 )
 from ..tokens import SPLITS, largest_of
 from .encode import available_cores, chunks, encode_all
+from .lock import only_one
 from .pieces import Tally
 from .progress import Meter, meter
 from .shards import JOURNAL, Plan, Shards
@@ -107,7 +107,7 @@ def prepare(
     work = config.path.with_name(config.path.name + ".partial")
     if not force and not work.exists():  # with it, what lies there are files that a kill left half published
         _refuse_others_files(config.path)
-    with _only_one(config.path), meter(console, corpus.total_bytes) as bar:
+    with only_one(config.path), meter(console, corpus.total_bytes) as bar:
         if force:
             shutil.rmtree(work, ignore_errors=True)
         if tokenizer is None:
@@ -245,36 +245,3 @@ def _publish(work: Path, folder: Path) -> None:
     for name in names:
         (work / name).replace(folder / name)
     work.rmdir()
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Refuse to prepare a folder that another process is preparing.
-
-    Raises:
-        DataError: another one is.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows: a file that is open there cannot be removed by another one anyway
-        yield
-        return
-    lock = folder.with_name(f".{folder.name}.lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError as error:
-        raise DataError(
-            f"{folder} cannot be written to ({error}). Mend its permissions, or choose another folder."
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(
-                f"{folder} is being prepared by another process. Wait for it, or prepare into another folder (--out)."
-            ) from error
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)

@@ -32,6 +32,7 @@ from ..images.decode import Limits, import_pillow
 from ..images.discover import Found, discover, shown
 from ..images.shards import Checked, read_shard, shard_rows
 from ..images.store import FILES, FORMAT, INDEX, META, RECORD, SPLITS, is_prepared_images, read_images_meta
+from .lock import only_one
 
 #: Pictures of a shard at least, and shards at most: a shard is the unit of work, and what an interruption costs.
 SHARD_PICTURES, MAX_SHARDS = 64, 1024
@@ -87,7 +88,8 @@ def prepare_images(
         progress: called with (pictures done, pictures).
 
     Raises:
-        DataError: no usable classes, more bad files than ``max_bad_fraction``, or a folder that holds something else.
+        DataError: no usable classes, more bad files than ``max_bad_fraction``, a folder that holds something else, or
+            that another process is preparing.
     """
     import_pillow()
     if not config.prepare:
@@ -103,11 +105,12 @@ def prepare_images(
     cores = workers or shards.usable_cores()
     resize = _choose_resize(len(found.pictures), cores)
     try:
-        work = _work_folder(config.path, {**request, "resize": resize}, found)
-        checked = _check_all(found, config, work, resize, cores, progress or (lambda *_: None))
-        _refuse_too_many(checked, config)
-        prepared = _finish(found, checked, config, request, resize, work)
-        _publish(work, config.path)
+        with only_one(config.path):
+            work = _work_folder(config.path, {**request, "resize": resize}, found)
+            checked = _check_all(found, config, work, resize, cores, progress or (lambda *_: None))
+            _refuse_too_many(checked, config)
+            prepared = _finish(found, checked, config, request, resize, work)
+            _publish(work, config.path)
     except OSError as error:
         raise _not_written(error, config, len(found.pictures)) from error
     return prepared
