@@ -73,21 +73,19 @@ def run_all(args: argparse.Namespace) -> None:
         head |= {"gpu": torch.cuda.get_device_name(), "cores": len(os.sched_getaffinity(0))}
     rows: list[dict[str, Any]] = []
     for group in args.only.split(","):
-        for case, surrounding in cases_of(group, args):
+        for case in cases_of(group, args):
             if time.monotonic() - started > args.budget_seconds:
                 break
-            with surrounding:
-                rows.append({"group": group, **case, **outcome_of(case)})
+            rows.append({"group": group, **case, **outcome_of(case)})
             print(f"{time.monotonic() - started:4.0f} s {json.dumps(rows[-1])}", flush=True)
             args.out.write_text(json.dumps({**head, "rows": rows}, indent=1), encoding="utf-8")
     print(summary(rows))
 
 
-def cases_of(group: str, args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Cases of a group, and the context that each runs in."""
+def cases_of(group: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Cases of a group; what a case runs in (a full GPU) is held while it is the latest one."""
     base = {"device": args.device, "size": 32 if args.tiny else 224, "ranks": 1, "batch": 16,
             "steps": 3 if args.tiny else STEPS, "warm_up": 1 if args.tiny else WARM_UP}  # fmt: skip
-    here = nullcontext()
     if group == "speed":
         variants = [{"kind": "plain", "precision": "fp32"}]
         variants += [{"kind": "zerofit", "precision": "fp16", "graphs": graphs, "compile": compile}
@@ -95,35 +93,34 @@ def cases_of(group: str, args: argparse.Namespace) -> Iterator[tuple[dict[str, A
         variants += [{"kind": "zerofit", "precision": "bf16", "graphs": True, "compile": "default"}]
         variants += [{"kind": "zerofit", "precision": "fp32", "graphs": True}]
         for batch in args.batches:
-            yield from ((base | {"batch": batch} | variant, here) for variant in variants)
+            yield from (base | {"batch": batch} | variant for variant in variants)
     elif group == "rows":
         for batch in CLAIMED:
-            yield base | {"batch": batch, "kind": "plain", "precision": "fp32"}, here
-            yield base | {"batch": batch, "kind": "zerofit", "precision": "fp16"}, here
+            yield base | {"batch": batch, "kind": "plain", "precision": "fp32"}
+            yield base | {"batch": batch, "kind": "zerofit", "precision": "fp16"}
             offload = {"strategy": "zero2", "offload": "cpu"}
-            yield base | {"batch": batch, "kind": "zerofit", "precision": "fp16", **offload}, here
+            yield base | {"batch": batch, "kind": "zerofit", "precision": "fp16", **offload}
     elif group == "fed":
         batch = 16 if args.tiny else 256
         fed = base | {"batch": batch, "kind": "zerofit", "precision": "fp16" if args.device == "cuda" else "fp32"}
         fed |= {} if args.tiny else {"steps": 240, "warm_up": 40}
-        for how in ({"compile": "default", "graphs": True}, {"compile": "default"}):
-            if args.device != "cuda":
-                how["graphs"] = False
-            yield fed | how, here
+        for graphs in (True, False) if args.device == "cuda" else (False,):
+            how = {"compile": "default", "graphs": graphs}
+            yield fed | how
             for read in args.reads if args.data else ():
-                yield fed | how | {"data": str(args.data), "read": read}, here
+                yield fed | how | {"data": str(args.data), "read": read}
     elif group == "scaling":
         many = base | {"batch": 16 if args.tiny else 256, "kind": "zerofit"}
         precision = "bf16" if args.device == "cuda" else "fp32"
         for ranks in (n for n in (1, 2, 4) if n <= args.gpus):
             strategy = "ddp" if ranks > 1 else "single"
-            yield many | {"ranks": ranks, "strategy": strategy, "precision": precision, "compile": "default"}, here
-            yield many | {"ranks": ranks, "strategy": strategy, "precision": precision}, here
+            yield many | {"ranks": ranks, "strategy": strategy, "precision": precision, "compile": "default"}
+            yield many | {"ranks": ranks, "strategy": strategy, "precision": precision}
     elif group == "cards":
         yield from card_cases(base, args)
 
 
-def card_cases(base: dict[str, Any], args: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
+def card_cases(base: dict[str, Any], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """For each card and recipe the largest micro-batch that fits; then the largest that fits tightly; then a tenth
     more, which should not."""
     from ballast import ballast
@@ -153,7 +150,7 @@ def card_cases(base: dict[str, Any], args: argparse.Namespace) -> Iterator[tuple
                         "predicted_driver_bytes": recipe.candidate.peak_bytes,
                         "checkpoint": plan.activation_checkpointing_every, "steps": 5, "warm_up": 3,
                         "bucket": plan.zero.reduce_bucket_elements, "classes": 90,
-                    }, nullcontext()  # fmt: skip
+                    }  # fmt: skip
 
 
 def outcome_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -171,11 +168,10 @@ def outcome_of(case: dict[str, Any]) -> dict[str, Any]:
             return {"status": "timeout"}
         if result.exists():
             return {"status": "ok", **json.loads(result.read_text(encoding="utf-8"))}
-        memory = "out of memory" in (done.stdout + done.stderr).lower()
-        return {
-            "status": "out_of_memory" if memory else "failed",
-            "end": "" if memory else (done.stdout + done.stderr)[-800:],
-        }
+        said = done.stdout + done.stderr
+        if "out of memory" in said.lower():
+            return {"status": "out_of_memory"}
+        return {"status": "failed", "end": said[-800:]}
 
 
 def run_case(case: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ ZERO2, ZERO3 = {"strategy": "zero2"}, {"strategy": "zero3"}
 LOW_BIT = {"optimizer": {"state": "8bit", "master": "bf16"}}
 BF16_STATES = {"optimizer": {"state": "bf16", "master": "bf16"}}
 CARD = {"card": True, "residual_in_fp32": False}
+COMPILED = {"compile": True, "recompute": "none"}
 ON_CPU = {"offload": "cpu", "tight": True, "warm_up": 1, "steps": 3}
 
 
@@ -86,8 +87,8 @@ CASES: dict[str, dict[str, Any]] = {
     # Scale at 1.4B, 4 samples of 2048 tokens a GPU and step; four times as many; and other buckets.
     **{f"scale-{n}": _scaled(n) for n in (1, 2, 4)},
     **{f"scale-accumulated-{n}": _scaled(n, accumulation=4) for n in (1, 2, 4)},
-    **{f"scale-compiled-{n}": {**_scaled(n), "compile": True, "recompute": "none"} for n in (1, 2, 4)},
-    **{f"scale-compiled-2-{n}-ctas": {**_scaled(2), "compile": True, "recompute": "none", "ctas": n} for n in (4, 8)},
+    **{f"scale-compiled-{n}": _scaled(n, **COMPILED) for n in (1, 2, 4)},
+    **{f"scale-compiled-2-{n}-ctas": _scaled(2, **COMPILED, ctas=n) for n in (4, 8)},
     **{f"scale-4-buckets-{mb}": _scaled(4, bucket_mb=mb) for mb in (100, 400)},
     # The table.
     **{

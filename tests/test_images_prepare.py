@@ -342,7 +342,7 @@ def test_a_folder_that_may_not_be_written_is_told(tmp_path: Path, monkeypatch: p
 
     root = write_folder(tmp_path / "in")
     monkeypatch.setattr(Path, "mkdir", refusing)
-    with pytest.raises(DataError, match=r"out cannot be written to .*Permission denied.*--out"):
+    with pytest.raises(DataError, match=r"out cannot be written: .*out\.partial: Permission denied.*--out"):
         _prepare(root, tmp_path / "out")
 
 

@@ -134,22 +134,21 @@ class PlainAdamW:
 
     def __init__(self, plan: OptimizerPlan, chunks: int, device: torch.device) -> None:
         self.plan = plan
-        self.counted = torch.zeros(chunks, dtype=torch.float32, device=device)
-        self.counters = list(self.counted.unbind())
+        self.counters = torch.zeros(chunks, dtype=torch.float32, device=device)
 
     @property
     def steps(self) -> Tensor:
         return self.counters[0]
 
     def set_steps(self, steps: float) -> None:
-        self.counted.fill_(steps)
+        self.counters.fill_(steps)
 
     @property
     def rule(self) -> Rule | None:
         return rule_of(self.plan, "adamw")
 
     def count(self, inputs: StepInputs) -> None:
-        self.counted += 1 - inputs.found_inf  # torch._foreach_add_ would wait for the number
+        self.counters += 1 - inputs.found_inf  # torch._foreach_add_ would wait for the number
 
     def begin(self, inputs: StepInputs) -> None:
         """torch's kernel counts."""

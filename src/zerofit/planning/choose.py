@@ -227,14 +227,22 @@ def _world_size(config: Config, hardware: Hardware, device: str) -> int:
             "one. Use strategy single, which needs as much memory and gathers nothing (a checkpoint of fsdp2 resumes "
             "under it), or strategy zero2 with offload cpu for less."
         )
-    if config.compile and hardware.system == "Windows":
-        raise ConfigError("compile true: torch.compile needs Triton, which Windows lacks here. Use compile false.")
-    if config.compile and device == "cuda" and any(gpu.capability < (7, 0) for gpu in hardware.gpus):
-        raise ConfigError(
-            f"compile true on {hardware.gpus[0].name}: torch.compile's Triton needs compute capability 7.0, and this "
-            f"GPU has {'.'.join(map(str, hardware.gpus[0].capability))}. Use compile false."
-        )
+    if config.compile and (reason := _why_not_compiled(hardware, device)):
+        raise ConfigError(f"compile true{reason}. Use compile false.")
     return nodes * wanted
+
+
+def _why_not_compiled(hardware: Hardware, device: str) -> str:
+    """What ends "compile true" on a machine without torch.compile; empty where there is one."""
+    if hardware.system == "Windows":
+        return ": torch.compile needs Triton, which Windows lacks here"
+    if device == "cuda" and any(gpu.capability < (7, 0) for gpu in hardware.gpus):
+        capability = ".".join(map(str, hardware.gpus[0].capability))
+        return (
+            f" on {hardware.gpus[0].name}: torch.compile's Triton needs compute capability 7.0, and this GPU has "
+            f"{capability}"
+        )
+    return ""
 
 
 def _precision(config: Config, hardware: Hardware, device: str) -> tuple[Precision, list[str]]:
@@ -430,16 +438,15 @@ def _warnings(config: Config, hardware: Hardware, chosen: Candidate) -> list[str
 
 def _compiled_faster(builder: Builder, chosen: Candidate) -> list[str]:
     """Where launching kernels one by one holds the GPU up, what compiling the blocks would give."""
-    plan, gpus = chosen.plan, builder.hardware.gpus
-    possible = plan.device == "cuda" and plan.strategy != "zero3" and builder.hardware.system != "Windows"
-    if plan.compile or plan.cuda_graphs or not possible or any(gpu.capability < (7, 0) for gpu in gpus):
+    plan, step = chosen.plan, chosen.step
+    if step is None or step.parts["launch"] == 0 or plan.compile or plan.strategy == "zero3":
         return []
     if plan.activation_checkpointing_every and plan.recomputation != "full":
         return []  # which a compiled block does not have
     faster = builder.speed(plan.model_copy(update={"compile": True}))
-    if faster is None or chosen.step is None or chosen.step.parts["launch"] == 0:
+    if faster is None or _why_not_compiled(builder.hardware, plan.device):
         return []
-    gain = chosen.step.step_seconds / faster.step_seconds - 1
+    gain = step.step_seconds / faster.step_seconds - 1
     if gain < WORTH_COMPILING:
         return []
     return [

@@ -88,7 +88,7 @@ FORMULAS = (
      "others assumed"),
     ("optimizer", "30 bytes a parameter (28 AdamW in one pass, 2 the norm); ZeRO 190 and FSDP2 30 bytes a parameter of "
      "the rank's 1/N; with 8-bit moments 12.2 ps a parameter at 790 TFLOP/s at least",
-     "30 counted, the others measured on H200"),
+     "30 counted, 190 fitted, 12.2 measured on H200"),
     ("offload", "gradients to the host hP/N each micro-step, AdamW there 28P/N bytes a rank at the node's rate, "
      "parameters back hP/N; with parameters offloaded, hP/N in for each pass", "measured on H200: 51 and 37 GB/s, "
      "84 GB/s a node for AdamW"),

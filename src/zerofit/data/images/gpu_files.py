@@ -100,7 +100,7 @@ class GpuFilesReader:
 
     def batches(self, numbers: Iterable[Indices]) -> Iterator[tuple[Tensor, Tensor]]:
         on_gpu = self.device.type == "cuda"
-        stream = torch.cuda.current_stream(self.device) if on_gpu else None  # of this thread; the other one joins it
+        stream = torch.cuda.current_stream(self.device) if on_gpu else None  # of this thread; the others join it
 
         def inside() -> AbstractContextManager[object]:
             return torch.cuda.stream(stream) if on_gpu else nullcontext()

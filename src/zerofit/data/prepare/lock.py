@@ -23,7 +23,8 @@ def only_one(folder: Path) -> Iterator[None]:
         return
     lock = folder.with_name(f".{folder.name}.lock")
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
+        if not lock.parent.exists():
+            lock.parent.mkdir(parents=True, exist_ok=True)
         file = lock.open("w")
     except OSError as error:
         raise DataError(
