@@ -258,3 +258,26 @@ def test_saving_low_bit_states_takes_little_memory_beside_them(tmp_path: Path) -
     assert saved is not None
     for role, values_then in expected.items():
         assert torch.equal(saved.read("a", role, 0, 64 * 1024**2), values_then), role
+
+
+def test_the_peak_of_a_run_counts_its_start(tmp_path: Path) -> None:
+    """With offload flattening is the peak, which DeepSpeed would have PyTorch forget."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    from zerofit.config.models import MambaConfig
+    from zerofit.launch.trials import Trial, run_trial
+    from zerofit.planning.candidates import TIGHT
+    from zerofit.planning.memory import H200, predict_memory
+    from zerofit.planning.plan import Plan
+
+    model = MambaConfig(d_model=1024, n_layers=24, vocab_size=1000, max_seq_length=64)
+    settings = {"strategy": "zero2", "offload": "cpu", "device": "cuda", "world_size": 1, "precision": "bf16"}
+    sizes = {"parameters": model.parameter_count(), "micro_batch": 1, "accumulation_steps": 1}
+    plan = Plan.model_validate({"model": model, **settings, **sizes, "zero": {"pin_memory": True, **TIGHT}})
+    said = predict_memory(plan, H200)
+    assert said.peak_phase == "init"
+    path = tmp_path / "plan.json"
+    path.write_text(plan.model_dump_json(), encoding="utf-8")
+    outcome = run_trial(Trial("zerofit.launch.memory_trial", [str(path)], 1, 100))
+    assert outcome.result is not None, outcome.log_tail
+    assert outcome.result["allocated"] == pytest.approx(said.allocated_bytes, rel=0.01)

@@ -50,7 +50,7 @@ class DeepSpeedEngine:
         self.deepspeed = import_deepspeed(plan, world)
         self.swap_folder = _new_swap_folder(plan)
         self.plan = plan if self.swap_folder is None else plan.model_copy(update={"nvme_path": self.swap_folder})
-        with _translated(self.deepspeed):
+        with _translated(self.deepspeed), _peaks_kept():
             self.deepspeed.init_distributed()
             config = deepspeed_config(self.plan)
             self.model = self._build_model(spec, config)
@@ -241,6 +241,21 @@ def _cpu_adam(deepspeed: ModuleType, groups: Any, arguments: dict[str, Any]) -> 
             f"({reason}). It needs a C++ compiler and ninja; or use optimizer.cpu_kernel torch, which compiles nothing."
         ) from reason
     return optimizer
+
+
+@contextmanager
+def _peaks_kept() -> Iterator[None]:
+    """Inside, PyTorch's peaks of GPU memory are not reset.
+
+    DeepSpeed resets them whenever it empties the cache (``runtime/utils.py``), and a run would report a peak without
+    its start: with offload, flattening can be the peak.
+    """
+    reset = torch.cuda.reset_peak_memory_stats
+    torch.cuda.reset_peak_memory_stats = lambda *_arguments, **_options: None
+    try:
+        yield
+    finally:
+        torch.cuda.reset_peak_memory_stats = reset
 
 
 @contextmanager
