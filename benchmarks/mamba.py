@@ -33,7 +33,7 @@ MIB = 1024**2
 #: What a card of 24 GB shows as free.
 CARD_MIB = 24_150
 #: d_model, n_layers, samples of a micro-batch, tokens of a sample.
-SIZES = {"1b": (2048, 34), "1_4b": (2048, 48), "3b": (2816, 54), "7b": (4864, 45)}
+SIZES = {"1b": (2048, 34), "1_4b": (2048, 48), "3b": (2816, 54), "7b": (4864, 45), "width7b": (4864, 12)}
 LENGTH = 4096
 #: For ``--small``.
 SMALL = (64, 4)
@@ -84,16 +84,20 @@ CASES: dict[str, dict[str, Any]] = {
     "24gb-zero3-low-bit-full": {**ZERO3, "recompute": "full", "tight": True, **CARD, **LOW_BIT},
     "24gb-zero2-cpu": {**ZERO2, "recompute": "full", **ON_CPU, **CARD},
     "24gb-zero3-cpu": {**ZERO3, "recompute": "selective", **ON_CPU, **CARD},
-    # Scale at 1.4B, 4 samples of 2048 tokens a GPU and step; four times as many; and other buckets.
+    # Scale at 1.4B, 4 samples of 2048 tokens a GPU and step; four times as many, in four micro-batches
+    # or in twice as large ones; and other buckets.
     **{f"scale-{n}": _scaled(n) for n in (1, 2, 4)},
     **{f"scale-accumulated-{n}": _scaled(n, accumulation=4) for n in (1, 2, 4)},
     **{f"scale-compiled-{n}": _scaled(n, **COMPILED) for n in (1, 2, 4)},
+    **{f"scale-compiled-accumulated-{n}": _scaled(n, **COMPILED, accumulation=4) for n in (1, 2, 4)},
+    **{f"scale-compiled-8-samples-{n}": _scaled(n, **COMPILED | {"micro_batch": 8}) for n in (1, 2, 4)},
+    **{f"scale-compiled-fsdp2-{n}": _scaled(n, **COMPILED | {"strategy": "fsdp2"}) for n in (2, 4)},
     **{f"scale-compiled-2-{n}-ctas": _scaled(2, **COMPILED, ctas=n) for n in (4, 8)},
     **{f"scale-4-buckets-{mb}": _scaled(4, bucket_mb=mb) for mb in (100, 400)},
     # The table.
     **{
         f"{size}-table-{name}": {"size": size, "recompute": "light", **strategy}
-        for size in ("1b", "3b", "7b")
+        for size in ("1b", "3b", "7b", "width7b")
         for name, strategy in {
             "ddp": {"strategy": "ddp"}, "zero1": {"strategy": "zero1"}, "zero2": ZERO2, "zero3": ZERO3,
             "fsdp2": {"strategy": "fsdp2"}, "zero2-cpu": {**ZERO2, "offload": "cpu", "steps": 4},
@@ -183,6 +187,8 @@ def _answer(saying: Future[dict[str, Any]]) -> dict[str, Any]:
 def _suits(case: dict[str, Any], args: argparse.Namespace) -> bool:
     if "peer" in case and (_has_gpus() if args.small else not args.peer):
         return False  # its kernel takes whole chunks of 2048 tokens
+    if case.get("size") == "width7b":
+        return False  # for allocator_trace.py
     return case.get("gpus", args.gpus) <= args.gpus and (args.gpus > 1 or "gpus" in case)
 
 

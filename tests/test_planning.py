@@ -72,7 +72,7 @@ def test_micro_batch_and_accumulation_make_a_global_batch() -> None:
         (1, 80, ("single", "none")),
         (4, 80, ("ddp", "none")),
         (4, 24, ("zero1", "none")),
-        (4, 15, ("zero2", "none")),
+        (4, 15.5, ("zero2", "none")),
         (4, 13.1, ("fsdp2", "none")),
         (1, 24, ("zero1", "cpu")),
         (0, 0, ("single", "none")),

@@ -151,8 +151,10 @@ def fits_within(plan: Plan, limit_bytes: int, device: DeviceConstants = H200) ->
         return False
     outside = _outside_bytes(plan, device)
     try:
-        ledger, _ = _play(plan, device, *_micro_step(plan), limit_bytes - outside)
-        simulate_allocator(ledger.sequence, limit_bytes - outside)
+        micro_step = _micro_step(plan)
+        for rank in _ranks(plan):
+            ledger, _ = _play(plan, device, *micro_step, limit_bytes - outside, rank)
+            simulate_allocator(ledger.sequence, limit_bytes - outside)
     except Exception:  # out of memory, or a model that cannot be traced, whose coarse estimate has just been compared
         return False
     return True
@@ -170,7 +172,26 @@ def _predict(plan: Plan, device: DeviceConstants, room_bytes: int | None = None)
         micro_step = _micro_step(plan)
     except Exception as reason:  # a model that cannot be traced, or no torch to trace it with
         return _coarse(plan, device, f"{type(reason).__name__}: {reason}")
-    ledger, host = _play(plan, device, *micro_step, room_bytes)
+    answers = [_of_rank(plan, device, micro_step, room_bytes, rank) for rank in _ranks(plan)]
+    largest = max(answers, key=lambda answer: answer.allocated_bytes)
+    reserved = max(answer.reserved_bytes for answer in answers)
+    return replace(largest, reserved_bytes=reserved, driver_bytes=reserved + _outside_bytes(plan, device))
+
+
+def _ranks(plan: Plan) -> tuple[int | None, ...]:
+    """Those whose memory differs: under ZeRO-1 and 2 the last one's allocations are the highest, and rank 0's leave the
+    most in PyTorch's reserve (see `Zero2Model`)."""
+    return (None, 0) if plan.strategy in ("zero1", "zero2") and plan.world_size > 1 else (None,)
+
+
+def _of_rank(
+    plan: Plan,
+    device: DeviceConstants,
+    micro_step: tuple[list[StepEvent], list[int]],
+    room_bytes: int | None,
+    rank: int | None,
+) -> MemoryPrediction:
+    ledger, host = _play(plan, device, *micro_step, room_bytes, rank)
     phases = {phase: {k: v for k, v in items.items() if v} for phase, (_, items) in ledger.peaks.items()}
     phase = max(ledger.peaks, key=lambda name: ledger.peaks[name][0])
     allocated = reserved = ledger.peaks[phase][0]
@@ -200,8 +221,9 @@ def _play(
     events: Sequence[StepEvent],
     inputs: Sequence[int],
     room_bytes: int | None = None,
+    rank: int | None = None,
 ) -> tuple[Ledger, Ledger]:
-    """The run on the GPU and in host memory (the same without a GPU)."""
+    """The run on a rank's GPU and in host memory (the same without a GPU)."""
     on_gpu = plan.device == "cuda"
     ledger = Ledger(ROUND_BYTES if on_gpu else 1)
     host = Ledger() if on_gpu else ledger
@@ -214,7 +236,7 @@ def _play(
         (host if item.startswith("host_") else ledger).alloc(item, size, item)
     play_pictures(plan, ledger)
     save = partial(play_save, plan, ledger) if decodes(plan) else None
-    simulate(plan, ledger, engine_model(plan, ledger, host, events, room_bytes), events, inputs, workspace, save)
+    simulate(plan, ledger, engine_model(plan, ledger, host, events, room_bytes, rank), events, inputs, workspace, save)
     return ledger, host
 
 
@@ -275,7 +297,12 @@ def _host_items(plan: Plan, host: Ledger) -> dict[str, int]:
 
 
 def engine_model(
-    plan: Plan, ledger: Ledger, host: Ledger, events: Sequence[StepEvent], room_bytes: int | None = None
+    plan: Plan,
+    ledger: Ledger,
+    host: Ledger,
+    events: Sequence[StepEvent],
+    room_bytes: int | None = None,
+    rank: int | None = None,
 ) -> EngineModel:
     """The plan's engine, as far as it allocates.
 
@@ -284,13 +311,14 @@ def engine_model(
         host: of host memory; the same ledger when there is no GPU.
         events: one micro-step, whose module events ZeRO-3 follows.
         room_bytes: of the GPU for PyTorch's allocator; None: enough.
+        rank: whose; None: the one that allocates most.
     """
     if plan.strategy == "zero3":
         return Zero3Model(plan, ledger, host, [event for event in events if isinstance(event, ModuleEvent)])
     if plan.strategy == "fsdp2":
         return FSDPModel(plan, ledger, events)
     if plan.strategy in ("zero1", "zero2"):
-        return Zero2Model(plan, ledger, host, room_bytes)
+        return Zero2Model(plan, ledger, host, room_bytes, rank)
     return ReplicatedModel(plan, ledger)
 
 

@@ -71,8 +71,8 @@ class ReplicatedModel:
         if self.buckets:
             ledger.alloc(("bucket", 0), self.compute_bytes * self.plan.parameters, "gradients")
         if self.buckets and self.plan.compile and self.plan.accumulation_steps > 1:
-            # Measured, not explained: compiled blocks that accumulate under DDP hold the gradients once more (2 H200s,
-            # docs/experiments.md; eager ones do not).
+            # Measured, not explained: a rank may hold DDP's first bucket once more (3 runs of about 20, this kind among
+            # them: docs/experiments.md). Counted where a plan without it would have been within its margin and wrong.
             ledger.alloc("gradients again", self.compute_bytes * self.plan.parameters, "gradients")
 
     def _rebuild_buckets(self) -> None:

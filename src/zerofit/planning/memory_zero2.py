@@ -50,15 +50,19 @@ class _Group:
 
 
 class Zero2Model:
-    """See `timeline.EngineModel`. The rank is the last one: it owns the last layers, whose gradients come first and
-    so lie beside the most activations.
+    """See `timeline.EngineModel`.
 
     Args:
+        rank: None is the last one, which owns the last layers: their gradients come first and so lie beside the most
+            activations. Rank 0 owns the first, an embedding among them, for whose gradient the stream that reduces
+            takes memory of its own at the end of the backward pass.
         room_bytes: what the GPU has free for PyTorch's allocator. DeepSpeed looks, and flattens through host memory
             where the flat copy does not fit beside the parameters; None: it fits.
     """
 
-    def __init__(self, plan: Plan, ledger: Ledger, host: Ledger, room_bytes: int | None = None) -> None:
+    def __init__(
+        self, plan: Plan, ledger: Ledger, host: Ledger, room_bytes: int | None = None, rank: int | None = None
+    ) -> None:
         self.plan, self.ledger, self.host, self.room_bytes = plan, ledger, host, room_bytes
         self.h = 2 if plan.mixed else 4
         self.stage2 = plan.strategy == "zero2"
@@ -68,7 +72,7 @@ class Zero2Model:
         self.separate = plan.mixed and plan.gradient_dtype == "fp32"
         self.groups = [_Group(members, plan.world_size) for members in optimizer_groups(plan)]
         self.group_of = {name: group for group in self.groups for name in group.members}
-        self.rank = plan.world_size - 1
+        self.rank = plan.world_size - 1 if rank is None else rank
         self.own = {name: size for group in self.groups for name, size in group.touching(self.rank).items()}
         self.stream = REDUCE if plan.zero.overlap_comm else MAIN
         self.bucket: list[str] = []

@@ -27,7 +27,7 @@ def remedies(builder: Builder, missed: Candidate) -> tuple[str, ...]:
 
 def roomier(builder: Builder, squeezed: Candidate) -> tuple[str, ...]:
     """For a candidate that fits only when PyTorch gives back its reserve: what makes it fit without."""
-    return tuple(f"without that it {way}" for way in _on_host(builder, squeezed.plan))
+    return tuple(f"without that it {way}" for way in (*_on_host(builder, squeezed.plan), *_more_room(squeezed)))
 
 
 def _fits(builder: Builder, plan: Plan) -> bool:
