@@ -60,8 +60,9 @@ ZERO3_OVERLAP_COST, ZERO3_SLOW_LINK_OVERLAP_COST = 0.95, 0.5
 #: The same under FSDP2, from one pair of measurements that are not zerofit's own (decision 7): 0.6 to 0.8, by what was
 #: reduced in which type. Over slower links taken to be DDP's.
 FSDP_OVERLAP_COST, FSDP_SLOW_LINK_OVERLAP_COST = 0.7, 0.3
-#: Seconds of the launching process for one group's gathering, or its reducing. Assumed: some twenty small kernels.
-FSDP_GROUP_SECONDS = 250e-6
+#: Seconds of the launching process for one group's gathering, or its reducing: what Mamba 1B and 3B took more than
+#: under DDP on the same hosts (0.94 and 0.89 ms, 2 H200s; docs/experiments.md).
+FSDP_GROUP_SECONDS = 900e-6
 
 FORMULAS = (
     ("matrix products", "6 x P_blocks x M + 6 x V x C x M FLOPs over matrix rate x 0.88 x C/(C+c0) x M/(M+m0); c0 = "
@@ -77,9 +78,8 @@ FORMULAS = (
     ("recomputation", "the forward pass of the checkpointed blocks once more; light: norm, convolution and step size; "
      "selective: the scan too", "Chen et al. 2016"),
     ("launching", "7 us a kernel, 0.9 ms a compiled block, 0.5 ms a convolution; nothing with CUDA graphs; hooks: 2 us "
-     "a parameter under DDP, 95 us under ZeRO-1/2, 0.53 ms a module and pass under ZeRO-3, 0.25 ms a group and pass "
-     "under FSDP2; a micro-step takes the longer of this and the GPU's work",
-     "fitted on H200; FSDP2's assumed"),
+     "a parameter under DDP, 95 us under ZeRO-1/2, 0.53 ms a module and pass under ZeRO-3, 0.9 ms a group and pass "
+     "under FSDP2; a micro-step takes the longer of this and the GPU's work", "fitted on H200"),
     ("communication", "all-reduce 2hP(N-1)/N once a step (DDP, ZeRO-1) or once a micro-step (ZeRO-2); ZeRO-1/2 "
      "all-gather hP(N-1)/N after the step; ZeRO-3 two all-gathers and a reduce-scatter of hP(N-1)/N each micro-step, "
      "FSDP2 as well (one all-gather with fsdp.reshard_after_forward false); over bus bandwidth; what overlaps costs "
