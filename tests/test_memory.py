@@ -333,6 +333,24 @@ class TestAllocator:
         assert allocator.reserved_bytes == 0
 
 
+def test_a_block_that_another_stream_uses_is_not_taken_again_until_that_has_passed() -> None:
+    allocator = CachingAllocator(limit_bytes=96 * MIB)
+    allocator.alloc(1, 32 * MIB)
+    allocator.release(1)
+    assert allocator.allocated_bytes == 0
+    allocator.alloc(2, 32 * MIB)
+    assert allocator.reserved_bytes == 64 * MIB
+    allocator.free(1)
+    allocator.alloc(3, 32 * MIB)
+    assert allocator.reserved_bytes == 64 * MIB
+    allocator.release(3)
+    allocator.alloc(4, 64 * MIB)  # memory is short: the stream is waited for
+    assert allocator.reserved_bytes == 96 * MIB
+    allocator.free(3)  # and has passed already
+    with pytest.raises(OutOfMemory):
+        allocator.alloc(5, 2 * MIB)
+
+
 def measured_rows() -> list[tuple[str, Plan, dict[str, Any]]]:
     """Every configuration that benchmarks/planner_memory.py measured on H200s."""
     rows = []
@@ -361,9 +379,10 @@ def test_forty_eight_configurations_on_h200s() -> None:
         assert sorted(errors[what])[int(0.95 * len(rows))] < 0.06
 
 
-@pytest.mark.parametrize(("width", "blocks", "case"), [(2048, 34, "1b"), (4864, 12, "width7b")])
+@pytest.mark.parametrize(("width", "blocks", "case"), [(2048, 34, "1b"), (4864, 12, "width7b"), (4864, 45, "7b")])
 def test_the_reserve_under_zero2_is_that_of_the_first_rank(width: int, blocks: int, case: str) -> None:
-    """Measured on 2 H200s, rank by rank: the last one's reserve is 7 and 19% less."""
+    """Measured on 2 H200s, rank by rank: the last one's reserve is 5 to 18% less. Larger than a bucket are the wider
+    model's gradients, whose copies wait for the reducing stream: without them it would be planned 7% too low."""
     found = json.loads((RESULTS / "2026-11-22-h200-memory-of-ranks.json").read_text(encoding="utf-8"))
     ranks = found["cases"][f"{case}-table-zero2-cpu"].values()
     model = MambaConfig(d_model=width, n_layers=blocks, vocab_size=50257, pad_vocab_to=8, max_seq_length=4096)

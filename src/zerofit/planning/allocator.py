@@ -10,7 +10,8 @@ The rules of ``c10/cuda/CUDACachingAllocator.cpp`` (torch 2.11), with its defaul
 - what is left of it becomes a free block when it is at least 512 bytes (small pool) or more than 1 MiB (large pool),
   otherwise it is part of the allocation;
 - freed blocks merge with free neighbours of their segment;
-- when the driver has no memory left, whole free segments go back to it first.
+- a block that another stream uses counts as freed at once, and can be taken again when that stream has passed;
+- when the driver has no memory left, such streams are waited for, and whole free segments go back to it.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class CachingAllocator:
         self.peak_allocated_bytes = self.peak_reserved_bytes = 0
         self._free: dict[tuple[bool, int], list[tuple[int, int, _Block]]] = {}
         self._used: dict[int, _Block] = {}
+        self._pending: dict[int, _Block] = {}
         self._lowest_address = 0
 
     def alloc(self, key: int, size_bytes: int, stream: int = 0) -> None:
@@ -92,10 +94,21 @@ class CachingAllocator:
         if self.allocated_bytes > self.peak_allocated_bytes:
             self.peak_allocated_bytes = self.allocated_bytes
 
-    def free(self, key: int) -> None:
-        """Give back what `key` holds; it merges with its free neighbours."""
-        block = self._used.pop(key)
+    def release(self, key: int) -> None:
+        """`key` is freed while another stream uses it: no longer allocated, and not free until `free`."""
+        block = self._pending[key] = self._used.pop(key)
         self.allocated_bytes -= block.size
+
+    def free(self, key: int) -> None:
+        """Give back what `key` holds, or what was released and has not been given back by itself."""
+        if key in self._used:
+            self.release(key)
+        block = self._pending.pop(key, None)
+        if block is not None:
+            self._give_back(block)
+
+    def _give_back(self, block: _Block) -> None:
+        """It merges with its free neighbours."""
         free = self._free[block.pool]
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free:
@@ -112,6 +125,8 @@ class CachingAllocator:
         else:
             total = -(-size // LARGE_ROUND_BYTES) * LARGE_ROUND_BYTES
         if self.limit_bytes is not None and self.reserved_bytes + total > self.limit_bytes:
+            for key in tuple(self._pending):
+                self.free(key)
             self.empty_cache()
             if self.reserved_bytes + total > self.limit_bytes:
                 raise OutOfMemory
@@ -156,7 +171,8 @@ def simulate_allocator(sequence: Iterable[tuple[int, int, int]], limit_bytes: in
     """Play the sequence of a `timeline.Ledger`.
 
     Args:
-        sequence: ``(key, bytes, stream)`` allocates, ``(key, -1, 0)`` frees, ``(0, -2, 0)`` empties the cache.
+        sequence: ``(key, bytes, stream)`` allocates, ``(key, -1, 0)`` frees, ``(0, -2, 0)`` empties the cache,
+            ``(key, -3, 0)`` releases.
         limit_bytes: what the driver can give; None for as much as is asked.
 
     Raises:
@@ -167,6 +183,8 @@ def simulate_allocator(sequence: Iterable[tuple[int, int, int]], limit_bytes: in
     for key, size_bytes, stream in sequence:
         if size_bytes == -1:
             free(key)
+        elif size_bytes == -3:
+            allocator.release(key)
         elif size_bytes < 0:
             allocator.empty_cache()
         else:

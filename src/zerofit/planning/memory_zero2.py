@@ -15,6 +15,11 @@ from .template import BlockEvent, ModuleEvent
 from .timeline import MAIN, REDUCE, Ledger
 from .zero_memory import alloc_states, optimizer_groups, pinned_bytes
 
+#: Of the gradients that were copied for the host because they are larger than a bucket, those whose copies the reducing
+#: stream has not passed yet (2 H200s: 5 of 12 and 16 of 45; docs/experiments.md). It lags behind the host, which only
+#: starts the work. PyTorch waits for it where memory is short.
+LAGGING_SHARE = 0.36
+
 
 class _Group:
     """One optimizer group: flat, padded to a multiple of 2 N elements, cut into N partitions."""
@@ -81,6 +86,9 @@ class Zero2Model:
         #: Parameters whose gradient is an allocation of its own.
         self.whole: set[str] = set()
         self.micro_step, self.last = 0, True
+        #: Numbers of copies that were freed and are still used, and how many copies there were in the pass.
+        self.lagging: list[int] = []
+        self.copies = 0
 
     def init(self) -> None:
         """Flatten group after group, then cut out the fp32 master; states are made when they are loaded."""
@@ -148,6 +156,8 @@ class Zero2Model:
 
     def micro_begin(self, index: int, last: bool) -> None:
         self.micro_step, self.last = index, last
+        self._catch_up(0)
+        self.copies = 0
         if not self.stage2 and self.separate and index == 0:
             # ZeRO-1's fp32 gradients of other ranks' parameters were views of the buckets until here.
             self._free_buckets()
@@ -206,6 +216,7 @@ class Zero2Model:
         if self.offload:
             size = self.h * self.group_of[parameter].members[parameter]
             self.ledger.alloc(("gradient", parameter), size, "gradients")
+            self.copies += 1
             return False
         self.ledger.keep(key, ("gradient", parameter), "gradients")
         return True
@@ -294,9 +305,19 @@ class Zero2Model:
         self._drop(parameter)
 
     def _drop(self, parameter: str) -> None:
-        if parameter in self.whole:
-            self.whole.remove(parameter)
+        if parameter not in self.whole:
+            return
+        self.whole.remove(parameter)
+        if self.offload and self.stream != MAIN:
+            self.lagging.append(self.ledger.release(("gradient", parameter)))
+            self._catch_up(math.ceil(LAGGING_SHARE * self.copies))
+        else:
             self.ledger.free(("gradient", parameter))
+
+    def _catch_up(self, left: int) -> None:
+        """The reducing stream passes all but the last copies."""
+        while len(self.lagging) > left:
+            self.ledger.passed(self.lagging.pop(0))
 
     def module(self, event: ModuleEvent) -> None:
         """Parameters are always there."""

@@ -31,8 +31,8 @@ class Ledger:
     """What is live. Sizes are rounded up to `granularity` bytes (512 in PyTorch's CUDA allocator).
 
     Attributes:
-        sequence: ``(number, bytes, stream)`` for an allocation, ``(number, -1, 0)`` for its end, in order; and
-            `EMPTY_CACHE`.
+        sequence: ``(number, bytes, stream)`` for an allocation, ``(number, -1, 0)`` for its end, in order;
+            ``(number, -3, 0)`` where it is freed but another stream has not passed; and `EMPTY_CACHE`.
         peaks: phase -> (bytes, items) at the phase's peak.
         main: the stream that stands for `MAIN`: while a CUDA graph is recorded, `RECORDED`.
     """
@@ -69,10 +69,23 @@ class Ledger:
             self._watch()
 
     def free(self, key: Any) -> None:
+        self.passed(self._end(key))
+
+    def release(self, key: Any) -> int:
+        """Free what another stream still uses. Its number, for `passed`."""
+        number = self._end(key)
+        self.sequence.append((number, -3, 0))
+        return number
+
+    def passed(self, number: int) -> None:
+        """Nothing uses the allocation of this number any more."""
+        self.sequence.append((number, -1, 0))
+
+    def _end(self, key: Any) -> int:
         number, size_bytes, item = self._live.pop(key)
         self.live_bytes -= size_bytes
         self.items[item] -= size_bytes
-        self.sequence.append((number, -1, 0))
+        return number
 
     def free_if_live(self, key: Any) -> None:
         if key in self._live:
