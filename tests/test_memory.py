@@ -49,7 +49,7 @@ def plan_of(strategy: str = "single", model: GPT2Config = XL, **fields: Any) -> 
     return Plan.model_validate(base | fields)
 
 
-def measured_rows() -> list[Any]:
+def xl_rows() -> list[Any]:
     """Every measurement of our own engines on H200s with GPT-2 XL, as (name, row)."""
     rows = []
     for path in sorted(RESULTS.glob("*h200-gpt2_xl*.json")):
@@ -78,10 +78,10 @@ def plan_of_row(row: dict[str, Any]) -> Plan:
 
 
 def test_there_are_measurements() -> None:
-    assert len(measured_rows()) >= 15
+    assert len(xl_rows()) >= 15
 
 
-@pytest.mark.parametrize("row", measured_rows())
+@pytest.mark.parametrize("row", xl_rows())
 def test_predictions_meet_the_h200_measurements(row: dict[str, Any]) -> None:
     """Allocated within 0.2%, reserved within 6%. Those rows hold rank 0's peak: with accumulation, the last rank's,
     which is predicted, is higher by a partition of gradients."""
