@@ -201,8 +201,20 @@ def test_calibrating_needs_gpus_and_a_trial_that_ends_well(monkeypatch: pytest.M
 SMALL_CARDS = ("--preset", "mamba_7b", "--gpus", "4", "--gpu-memory", "24GiB")
 
 
-def test_what_is_squeezed_in_says_what_that_rests_on(capsys: pytest.CaptureFixture[str]) -> None:
-    found = plan_json(capsys, *SMALL_CARDS, "--strategy", "zero2", "--offload", "cpu")["chosen"]
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        ((*SMALL_CARDS, "--strategy", "zero2", "--offload", "cpu"), "30 GiB of GPU memory"),
+        (
+            ("--preset", "mamba_7b", "--gpus", "4", "--gpu-memory", "34GiB", "--strategy", "fsdp2"),
+            "the blocks' inputs in host memory: --activation-offload cpu",
+        ),
+    ],
+)
+def test_what_is_squeezed_in_says_what_that_rests_on(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], remedy: str
+) -> None:
+    found = plan_json(capsys, *arguments)["chosen"]
     reserve = (found["gpu_reserved_bytes"] - found["gpu_peak_bytes"]) / 2**30
     peak, limit = found["gpu_driver_bytes"] / 2**30, found["gpu_limit_bytes"] / 2**30
     assert found["squeezed"]
@@ -210,7 +222,7 @@ def test_what_is_squeezed_in_says_what_that_rests_on(capsys: pytest.CaptureFixtu
     assert f"It needs about {peak - reserve:.2f} GiB of the {limit:.2f} GiB" in found["reason"]
     assert f"It is tight: with the {reserve:.2f} GiB" in found["reason"]
     (way,) = found["remedies"]
-    assert way == "without that it fits with the blocks' inputs in host memory: --activation-offload cpu"
+    assert way == f"without that it fits with {remedy}"
 
 
 def test_ways_out_name_the_models_own_key_and_the_best_other_strategy(capsys: pytest.CaptureFixture[str]) -> None:

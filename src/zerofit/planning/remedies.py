@@ -26,8 +26,9 @@ def remedies(builder: Builder, missed: Candidate) -> tuple[str, ...]:
 
 
 def roomier(builder: Builder, squeezed: Candidate) -> tuple[str, ...]:
-    """For a candidate that fits only when PyTorch gives back its reserve: what makes it fit without."""
-    return tuple(f"without that it {way}" for way in (*_on_host(builder, squeezed.plan), *_more_room(squeezed)))
+    """For a candidate that fits only when PyTorch gives back its reserve: what makes it fit without; at most one."""
+    ways = tuple(_on_host(builder, squeezed.plan)) or tuple(_more_room(squeezed))
+    return tuple(f"without that it {way}" for way in ways)
 
 
 def _fits(builder: Builder, plan: Plan) -> bool:
