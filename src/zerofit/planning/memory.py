@@ -181,7 +181,8 @@ def _predict(plan: Plan, device: DeviceConstants, room_bytes: int | None = None)
 def _ranks(plan: Plan) -> tuple[int | None, ...]:
     """Those whose memory differs: under ZeRO-1 and 2 the last one's allocations are the highest, and rank 0's leave the
     most in PyTorch's reserve (see `Zero2Model`)."""
-    return (None, 0) if plan.strategy in ("zero1", "zero2") and plan.world_size > 1 else (None,)
+    differ = plan.strategy in ("zero1", "zero2") and plan.world_size > 1 and plan.device == "cuda"
+    return (None, 0) if differ else (None,)
 
 
 def _of_rank(
