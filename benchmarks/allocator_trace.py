@@ -36,7 +36,10 @@ def main() -> None:
         arguments = ["--case", case, "--gpus", str(args.gpus), "--steps", str(args.steps), "--out", str(args.out)]
         plan = plan_of_case(case, args.gpus)
         outcome = run_trial(Trial(Path(__file__), arguments, plan.world_size, 240))
-        print(f"{case}: {outcome.status}" + ("" if outcome.status == "ok" else f" {outcome.log_tail[-500:]!r}"))
+        if outcome.status != "ok":
+            print(f"{case}: {outcome.status} {outcome.log_tail[-500:]!r}")
+            continue
+        print(f"{case}: ok")
         for path in sorted(args.out.glob(f"{file_name(case)}-[0-9]*.json")):
             print_rank(plan, json.loads(path.read_text(encoding="utf-8")))
 
@@ -56,11 +59,9 @@ def plan_of_case(case: str, gpus: int) -> Any:
 
 def print_rank(plan: Any, found: dict[str, Any]) -> None:
     """What was seen on one rank beside what the planner's simulation of it says, GiB."""
-    from zerofit.planning.allocator import simulate_allocator
-    from zerofit.planning.memory import H200, _micro_step, _play
+    from zerofit.planning.memory import H200, _micro_step, _of_rank
 
-    ledger, _ = _play(plan, H200, *_micro_step(plan), None, found["rank"])
-    said = simulate_allocator(ledger.sequence)
+    said = _of_rank(plan, H200, _micro_step(plan), None, found["rank"])
     print(
         f"  rank {found['rank']}: allocated {found['allocated_bytes'] / 2**30:.2f} GiB (planned "
         f"{said.allocated_bytes / 2**30:.2f}), reserved {found['reserved_bytes'] / 2**30:.2f} (planned "
@@ -101,7 +102,8 @@ def run_case(args: argparse.Namespace) -> None:
         }
         (args.out / f"{file_name(args.case)}-{world.rank}.json").write_text(json.dumps(found), encoding="utf-8")
         write_result({})
-        torch.distributed.barrier() if plan.world_size > 1 else None
+        if plan.world_size > 1:
+            torch.distributed.barrier()
         os._exit(0)
 
 

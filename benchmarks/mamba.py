@@ -32,7 +32,7 @@ from typing import Any
 MIB = 1024**2
 #: What a card of 24 GB shows as free.
 CARD_MIB = 24_150
-#: d_model, n_layers, samples of a micro-batch, tokens of a sample.
+#: d_model, n_layers; the last one, as wide as the 7B, is for allocator_trace.py.
 SIZES = {"1b": (2048, 34), "1_4b": (2048, 48), "3b": (2816, 54), "7b": (4864, 45), "width7b": (4864, 12)}
 LENGTH = 4096
 #: For ``--small``.
@@ -188,7 +188,7 @@ def _suits(case: dict[str, Any], args: argparse.Namespace) -> bool:
     if "peer" in case and (_has_gpus() if args.small else not args.peer):
         return False  # its kernel takes whole chunks of 2048 tokens
     if case.get("size") == "width7b":
-        return False  # for allocator_trace.py
+        return False
     return case.get("gpus", args.gpus) <= args.gpus and (args.gpus > 1 or "gpus" in case)
 
 

@@ -25,6 +25,8 @@ ROUND_BYTES = 512
 SMALL_BYTES, SMALL_SEGMENT_BYTES = MIB, 2 * MIB
 MEDIUM_BYTES, MEDIUM_SEGMENT_BYTES = 10 * MIB, 20 * MIB
 LARGE_ROUND_BYTES = 2 * MIB
+#: In the place of an allocation's bytes: it is freed; the cache is emptied; it is freed while another stream uses it.
+FREED, EMPTIED, RELEASED = -1, -2, -3
 #: Lower than any address that `CachingAllocator` gives out.
 _BELOW_ALL = -(1 << 62)
 
@@ -171,8 +173,8 @@ def simulate_allocator(sequence: Iterable[tuple[int, int, int]], limit_bytes: in
     """Play the sequence of a `timeline.Ledger`.
 
     Args:
-        sequence: ``(key, bytes, stream)`` allocates, ``(key, -1, 0)`` frees, ``(0, -2, 0)`` empties the cache,
-            ``(key, -3, 0)`` releases.
+        sequence: ``(key, bytes, stream)`` allocates, ``(key, FREED, 0)`` frees, ``(key, RELEASED, 0)`` releases,
+            ``(0, EMPTIED, 0)`` empties the cache.
         limit_bytes: what the driver can give; None for as much as is asked.
 
     Raises:
@@ -181,11 +183,11 @@ def simulate_allocator(sequence: Iterable[tuple[int, int, int]], limit_bytes: in
     allocator = CachingAllocator(limit_bytes)
     alloc, free = allocator.alloc, allocator.free
     for key, size_bytes, stream in sequence:
-        if size_bytes == -1:
+        if size_bytes == FREED:
             free(key)
-        elif size_bytes == -3:
+        elif size_bytes == RELEASED:
             allocator.release(key)
-        elif size_bytes < 0:
+        elif size_bytes == EMPTIED:
             allocator.empty_cache()
         else:
             alloc(key, size_bytes, stream)

@@ -174,8 +174,8 @@ def _predict(plan: Plan, device: DeviceConstants, room_bytes: int | None = None)
         return _coarse(plan, device, f"{type(reason).__name__}: {reason}")
     answers = [_of_rank(plan, device, micro_step, room_bytes, rank) for rank in _ranks(plan)]
     largest = max(answers, key=lambda answer: answer.allocated_bytes)
-    reserved = max(answer.reserved_bytes for answer in answers)
-    return replace(largest, reserved_bytes=reserved, driver_bytes=reserved + _outside_bytes(plan, device))
+    fullest = max(answers, key=lambda answer: answer.reserved_bytes)
+    return replace(largest, reserved_bytes=fullest.reserved_bytes, driver_bytes=fullest.driver_bytes)
 
 
 def _ranks(plan: Plan) -> tuple[int | None, ...]:
@@ -192,6 +192,7 @@ def _of_rank(
     room_bytes: int | None,
     rank: int | None,
 ) -> MemoryPrediction:
+    """What one rank needs; None: the one that allocates most."""
     ledger, host = _play(plan, device, *micro_step, room_bytes, rank)
     phases = {phase: {k: v for k, v in items.items() if v} for phase, (_, items) in ledger.peaks.items()}
     phase = max(ledger.peaks, key=lambda name: ledger.peaks[name][0])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, Protocol
 
+from .allocator import EMPTIED, FREED, RELEASED
 from .plan import Plan
 from .template import Alloc, Backward, BlockEvent, Free, Gradient, ModuleEvent, StepEvent
 
@@ -23,16 +24,12 @@ PLAYED_MICRO_STEPS = 3
 PLAYED_STEPS = 2
 
 
-#: In a sequence: `Ledger.empty_cache`.
-EMPTY_CACHE = (0, -2, 0)
-
-
 class Ledger:
     """What is live. Sizes are rounded up to `granularity` bytes (512 in PyTorch's CUDA allocator).
 
     Attributes:
-        sequence: ``(number, bytes, stream)`` for an allocation, ``(number, -1, 0)`` for its end, in order;
-            ``(number, -3, 0)`` where it is freed but another stream has not passed; and `EMPTY_CACHE`.
+        sequence: ``(number, bytes, stream)`` for an allocation, ``(number, FREED, 0)`` for its end, and so on in order:
+            see `allocator.simulate_allocator`.
         peaks: phase -> (bytes, items) at the phase's peak.
         main: the stream that stands for `MAIN`: while a CUDA graph is recorded, `RECORDED`.
     """
@@ -74,12 +71,12 @@ class Ledger:
     def release(self, key: Any) -> int:
         """Free what another stream still uses. Its number, for `passed`."""
         number = self._end(key)
-        self.sequence.append((number, -3, 0))
+        self.sequence.append((number, RELEASED, 0))
         return number
 
     def passed(self, number: int) -> None:
         """Nothing uses the allocation of this number any more."""
-        self.sequence.append((number, -1, 0))
+        self.sequence.append((number, FREED, 0))
 
     def _end(self, key: Any) -> int:
         number, size_bytes, item = self._live.pop(key)
@@ -103,7 +100,7 @@ class Ledger:
 
     def empty_cache(self) -> None:
         """The allocator gives whole free segments back to the driver."""
-        self.sequence.append(EMPTY_CACHE)
+        self.sequence.append((0, EMPTIED, 0))
 
     def temporary(self, size_bytes: int, item: str = "temporaries", stream: int = MAIN) -> None:
         """Allocated and freed at once."""
